@@ -1,0 +1,168 @@
+"""A peer's place in the swarm: one DHT, one libp2p identity; publish a report, read everyone's, close."""
+
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import hivemind
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.utils import get_dht_time
+
+from calm_ray.errors import ConfigError, SwarmUnreachable
+from calm_ray.report import MAX_REPORT_BYTES
+from calm_ray.swarm.addresses import live_addresses, parse_address
+from calm_ray.swarm.codecs import mend_codecs
+from calm_ray.swarm.hygiene import bind_children_to_parent
+from calm_ray.swarm.loop import EventLoopThread
+from calm_ray.swarm.records import load_identity, own_subkey, owner_of, record_validators, reports_key
+
+CALL_TIMEOUT_SECONDS = 15.0
+"""A DHT call over the internet takes well under a second per hop; past this the DHT process is stuck or dead."""
+STARTUP_TIMEOUT_SECONDS = 60.0
+"""hivemind's 15 s is the most reported failure of its users: slow machines need longer."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """How this peer is reached."""
+
+    is_client_mode: bool
+    listen: str
+    announce: tuple[str, ...] = ()
+    identity_path: Path
+    should_check_identity: bool = False
+    """Ask the swarm whether this identity is in use. Costs one more connection to the bootstrap peers."""
+
+
+class Swarm:
+    """Membership of one run's DHT. Use `join`; then `publish`, `snapshot`, `call` from any thread; `close` at the end."""
+
+    def __init__(self, dht: hivemind.DHT, *, run_id: str, identity_path: Path) -> None:
+        self.dht, self.run_id = dht, run_id
+        self.key = load_identity(identity_path.read_bytes())
+        self._subkey = own_subkey(self.key)
+        self._loop = EventLoopThread(name="swarm-calls")
+        self._p2p: P2P | None = None
+
+    @classmethod
+    def join(cls, run_id: str, *, initial_peers: Sequence[str], options: NodeOptions) -> "Swarm":
+        """Start a DHT node; SwarmUnreachable with a verdict per address, ConfigError if the identity is taken."""
+        bind_children_to_parent()
+        mend_codecs()
+        ensure_identity(options.identity_path)
+        peers = live_addresses(initial_peers) if initial_peers else []
+        key = load_identity(options.identity_path.read_bytes())
+        try:
+            dht = hivemind.DHT(
+                initial_peers=peers or None,
+                start=True,
+                client_mode=options.is_client_mode,
+                host_maddrs=[options.listen],
+                announce_maddrs=list(options.announce) or None,
+                identity_path=str(options.identity_path),
+                check_if_identity_free=options.should_check_identity,
+                record_validators=record_validators(run_id, key),
+                startup_timeout=STARTUP_TIMEOUT_SECONDS,
+                **network_options(options.listen),
+            )
+        except P2PDaemonError as exc:
+            if "already taken" in str(exc):
+                raise ConfigError(
+                    f"{options.identity_path}: another running peer uses this identity; stop it, or choose another folder"
+                ) from exc
+            raise SwarmUnreachable(f"libp2p did not start on {options.listen}: {exc}") from exc
+        except RuntimeError as exc:  # DHTNode.create: bootstrap peers answer on TCP but not as members of a DHT
+            raise SwarmUnreachable(f"{', '.join(peers)}: answers, but not as a peer of this swarm: {exc}") from exc
+        return cls(dht, run_id=run_id, identity_path=options.identity_path)
+
+    @property
+    def peer_id(self) -> str:
+        return str(self.dht.peer_id.to_base58())
+
+    @property
+    def is_client_mode(self) -> bool:
+        return bool(self.dht.client_mode)
+
+    def addresses(self) -> list[str]:
+        """Where others can reach this peer, best first: what an invite lists."""
+        found = [str(a) for a in self.dht.get_visible_maddrs(latest=True)]
+        return sorted((a for a in found if "/tcp/" in a), key=lambda a: parse_address(a).is_loopback)
+
+    def publish(self, report: bytes, *, lifetime_seconds: float) -> bool:
+        """Store this peer's signed report; True if some node took it. Replaces the one before."""
+        assert len(report) <= MAX_REPORT_BYTES, "reports are bounded: see calm_ray.report"
+        future = self.dht.store(
+            reports_key(self.run_id),
+            report,
+            expiration_time=get_dht_time() + lifetime_seconds,
+            subkey=self._subkey,
+            return_future=True,
+        )
+        return bool(_result(future))
+
+    def snapshot(self) -> list[tuple[str, bytes]]:
+        """All reports that the DHT holds now, as (owner's peer id, bytes); what they say is not checked here."""
+        found = _result(self.dht.get(reports_key(self.run_id), latest=True, return_future=True))
+        if found is None or not isinstance(found.value, dict):
+            return []
+        reports = []
+        for subkey, entry in found.value.items():
+            with contextlib.suppress(ValueError):
+                reports.append((owner_of(subkey), entry.value))
+        return reports
+
+    def call(self, action: Callable[[P2P], Awaitable[T]], *, timeout_seconds: float) -> T:
+        """Run `action` with this peer's libp2p handle, on the thread that keeps it."""
+
+        async def run() -> T:
+            if self._p2p is None:
+                self._p2p = await self.dht.replicate_p2p()
+            return await action(self._p2p)
+
+        return self._loop.run(run(), timeout_seconds=timeout_seconds)
+
+    def donors(self, prefix: str) -> list[PeerID]:
+        """Peers that offer their training state under an averager's prefix, newest epoch first."""
+        found = _result(self.dht.get(f"{prefix}.all_averagers", latest=True, return_future=True))
+        if found is None or not isinstance(found.value, dict):
+            return []
+        priorities = {
+            PeerID(peer): float(entry.value)
+            for peer, entry in found.value.items()
+            if isinstance(peer, bytes) and isinstance(entry.value, int | float)
+        }
+        return sorted(priorities, key=lambda peer: (priorities[peer], secrets.randbits(16)), reverse=True)
+
+    def is_alive(self) -> bool:
+        return bool(self.dht.is_alive())
+
+    def close(self) -> None:
+        self._loop.close()
+        self.dht.shutdown()
+
+
+def ensure_identity(path: Path) -> None:
+    """Make a libp2p identity (RSA 2048, 0400) unless the file is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        P2P.generate_identity(str(path))
+
+
+def network_options(listen: str) -> dict[str, object]:
+    """Options of p2pd that only make sense off this machine: none of them for a swarm on the loopback interface."""
+    is_local = parse_address(listen.replace("/tcp/0", "/tcp/1")).is_loopback
+    return {"auto_nat": not is_local, "nat_port_map": not is_local}
+
+
+def _result(future: "hivemind.MPFuture[T]") -> T:
+    """Wait for a DHT call, but never for ever: a killed DHT process would leave the caller hanging."""
+    try:
+        return future.result(timeout=CALL_TIMEOUT_SECONDS)
+    except TimeoutError as exc:
+        raise SwarmUnreachable(f"the DHT did not answer within {CALL_TIMEOUT_SECONDS:.0f} s") from exc

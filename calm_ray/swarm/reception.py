@@ -1,0 +1,170 @@
+"""The newcomer's side of the desk: before joining, fetch the run bundle and learn whether others can reach us.
+
+Runs on a libp2p daemon of its own, with the identity and the port that the peer will use afterwards, and closes it: a
+DHT node cannot change from client mode to full later, so the question is asked first.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.wrappers_pb2 import StringValue
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
+
+from calm_ray.bundle import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE,
+    Manifest,
+    check_manifest,
+    is_part_intact,
+    open_bundle,
+)
+from calm_ray.errors import ConfigError, SwarmUnreachable
+from calm_ray.invite import Invite
+from calm_ray.signing import SIGNATURE_BYTES
+from calm_ray.swarm.addresses import live_addresses, parse_address
+from calm_ray.swarm.desk import Desk
+from calm_ray.swarm.hygiene import bind_children_to_parent
+from calm_ray.swarm.node import STARTUP_TIMEOUT_SECONDS, ensure_identity, network_options
+
+logger = logging.getLogger(__name__)
+
+CHUNK_TIMEOUT_SECONDS = 20.0
+"""A desk that sends nothing for this long is given up; the next one is asked for what is missing."""
+DIAL_BACK_TIMEOUT_SECONDS = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reception:
+    """What a newcomer knows after the desk."""
+
+    bundle: Path
+    listen: str
+    """Where to listen from now on: the port that was dialled back, if any was."""
+    announce: tuple[str, ...]
+    is_reachable: bool
+    verdict: str
+    """Words for the user."""
+
+
+def receive(
+    invite: Invite, *, folder: Path, listen: str, identity_path: Path, should_dial_back: bool,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Reception:  # fmt: skip
+    """Fetch and verify the bundle into `folder`, keeping parts that are already there, and ask for a dial-back.
+
+    `on_progress(done_bytes, total_bytes)` is called as parts arrive. Raises SwarmUnreachable (verdict per address),
+    ConfigError (forged bundle), VersionMismatch.
+    """
+    bind_children_to_parent()
+    ensure_identity(identity_path)
+    peers = live_addresses(invite.addresses)
+    return asyncio.run(_receive(invite, peers, folder, listen, identity_path, should_dial_back, on_progress))
+
+
+async def _receive(
+    invite: Invite, peers: Sequence[str], folder: Path, listen: str, identity_path: Path, should_dial_back: bool,
+    on_progress: Callable[[int, int], None],
+) -> Reception:  # fmt: skip
+    try:
+        p2p = await P2P.create(
+            initial_peers=list(peers), host_maddrs=[listen], dht_mode="client", identity_path=str(identity_path),
+            check_if_identity_free=False, startup_timeout=STARTUP_TIMEOUT_SECONDS, **network_options(listen),
+        )  # fmt: skip
+    except P2PDaemonError as exc:
+        raise SwarmUnreachable(f"{', '.join(peers)}: answers, but libp2p cannot connect: {exc}") from exc
+    try:
+        desks = [parse_address(address).peer_id for address in peers]
+        await _fetch_bundle(p2p, desks, invite, folder, on_progress)
+        port = next((a.port for a in map(parse_address, map(str, await p2p.get_visible_maddrs())) if a.is_tcp), 0)
+        listen = listen.replace("/tcp/0", f"/tcp/{port}")
+        if not should_dial_back:
+            return Reception(bundle=folder, listen=listen, announce=(), is_reachable=False, verdict="not asked")
+        return await _ask_for_dial_back(p2p, desks, invite.run_id, folder, listen, port)
+    finally:
+        await p2p.shutdown()
+
+
+async def _fetch_bundle(
+    p2p: P2P, desks: Sequence[str], invite: Invite, folder: Path, on_progress: Callable[[int, int], None]
+) -> None:
+    problems: list[str] = []
+    for desk in desks:
+        try:
+            stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=invite.run_id)
+            data = await _download(stub, MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+            signature = await _download(stub, SIGNATURE, max_bytes=SIGNATURE_BYTES)
+            manifest = check_manifest(data, signature=signature, organiser_key=invite.organiser_key)
+            if manifest.run_id != invite.run_id:
+                raise ConfigError(f"run bundle: is for run {manifest.run_id!r}, the invite for {invite.run_id!r}")
+            await _fetch_parts(stub, manifest, folder, on_progress)
+        except (P2PHandlerError, TimeoutError, OSError, asyncio.IncompleteReadError) as exc:
+            problems.append(f"{desk}: {str(exc) or type(exc).__name__}")
+            continue
+        (folder / MANIFEST).write_bytes(data)
+        (folder / SIGNATURE).write_bytes(signature)
+        open_bundle(folder, organiser_key=invite.organiser_key)
+        return
+    raise SwarmUnreachable("no bootstrap peer could give us the run bundle: " + "; ".join(problems))
+
+
+async def _fetch_parts(
+    stub: object, manifest: Manifest, folder: Path, on_progress: Callable[[int, int], None]
+) -> None:
+    done, total = 0, manifest.total_bytes()
+    for name, part in manifest.parts.items():
+        path = folder / name
+        if not is_part_intact(path, part):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(await _download(stub, name, max_bytes=part.size_bytes))
+            if not is_part_intact(partial, part):
+                raise OSError(f"part {name} arrived damaged")
+            partial.replace(path)
+        done += part.size_bytes
+        on_progress(done, total)
+
+
+async def _download(stub: object, name: str, *, max_bytes: int) -> bytes:
+    stream = await asyncio.wait_for(stub.rpc_part(StringValue(value=name)), CHUNK_TIMEOUT_SECONDS)  # type: ignore[attr-defined]
+    data = bytearray()
+    iterator = aiter(stream)
+    while True:
+        try:
+            message = await asyncio.wait_for(anext(iterator), CHUNK_TIMEOUT_SECONDS)
+        except StopAsyncIteration:
+            return bytes(data)
+        data += message.value
+        if len(data) > max_bytes:
+            raise OSError(f"part {name} is longer than announced")
+
+
+async def _ask_for_dial_back(
+    p2p: P2P, desks: Sequence[str], run_id: str, folder: Path, listen: str, port: int
+) -> Reception:
+    reasons: list[str] = []
+    for desk in desks:
+        try:
+            stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=run_id)
+            reply = await stub.rpc_dial_back(StringValue(value=str(port)), timeout=DIAL_BACK_TIMEOUT_SECONDS)
+            answer = json.loads(reply.value)
+            host, is_reachable, reason = str(answer["host"]), answer["is_reachable"] is True, str(answer["reason"])[:100]
+        except (P2PHandlerError, TimeoutError, OSError, ValueError, KeyError, TypeError) as exc:
+            reasons.append(str(exc) or type(exc).__name__)
+            continue
+        if is_reachable:
+            address = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
+            return Reception(
+                bundle=folder, listen=listen, announce=(address,), is_reachable=True,
+                verdict=f"others can reach this machine at {host}:{port}: full peer",
+            )  # fmt: skip
+        reasons.append(f"{reason} (seen as {host})")
+    return Reception(
+        bundle=folder, listen=listen, announce=(), is_reachable=False,
+        verdict=f"others cannot reach this machine ({'; '.join(reasons)}): client mode, which is fine",
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Download a run's training state without owning a model: for the monitor, which only writes it down.
+
+The state is what `TrainingStateAverager` serves: parameters in the optimizer's order, then the optimizer's tensors. It
+is decoded with msgpack and hivemind's tensor codecs, nothing is unpickled; sizes and time are bounded.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hivemind.compression import deserialize_torch_tensor
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto import averaging_pb2
+from hivemind.utils import MSGPackSerializer
+from hivemind.utils.streaming import combine_from_streaming
+
+from calm_ray.errors import StateUnavailable
+from calm_ray.swarm.averagers import TrainingStateAverager
+from calm_ray.swarm.node import Swarm
+from calm_ray.swarm.rounds import state_prefix
+
+logger = logging.getLogger(__name__)
+
+CHUNK_TIMEOUT_SECONDS = 30.0
+"""A donor in the middle of averaging answers only after it, so this is longer than a chunk on a slow line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """One peer's state as it was when it began to send."""
+
+    donor: str
+    epoch: int
+    optimizer_metadata: list[dict[str, Any]]
+    tensors: Sequence[torch.Tensor]
+
+
+def download_state(
+    swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float
+) -> TrainingState:
+    """Ask donors in the order of their epochs; StateUnavailable with what each said if none gives a usable state.
+
+    `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor.
+    """
+    problems = []
+    for donor in swarm.donors(state_prefix(swarm.run_id)):
+        try:
+            state = swarm.call(
+                lambda p2p, donor=donor: _download(p2p, donor, swarm.run_id, max_bytes), timeout_seconds=timeout_seconds
+            )
+        except Exception as exc:  # one donor's failure of any kind: ask the next
+            problems.append(f"{donor}: {str(exc) or type(exc).__name__}")
+            continue
+        if state.epoch >= min_epoch:
+            return state
+        problems.append(f"{donor}: only at epoch {state.epoch}")
+    raise StateUnavailable(f"no state of epoch {min_epoch} or later: {'; '.join(problems) or 'no peer offers one'}")
+
+
+async def _download(p2p: P2P, donor: PeerID, run_id: str, max_bytes: int) -> TrainingState:
+    stub = TrainingStateAverager.get_stub(p2p, donor, namespace=state_prefix(run_id))
+    stream = aiter(await stub.rpc_download_state(averaging_pb2.DownloadRequest()))
+    metadata: dict[str, Any] | None = None
+    parts: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    received = 0
+    while True:
+        try:
+            message = await asyncio.wait_for(anext(stream), CHUNK_TIMEOUT_SECONDS)
+        except StopAsyncIteration:
+            break
+        received += message.ByteSize()
+        if received > max_bytes:
+            raise ValueError(f"sends more than the {max_bytes} bytes that this model can have")
+        if message.metadata:
+            metadata = MSGPackSerializer.loads(message.metadata)
+        if message.tensor_part.dtype and parts:  # a dtype marks the first part of the next tensor
+            tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
+            parts = []
+        parts.append(message.tensor_part)
+    if parts:
+        tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
+        raise ValueError("sent no state")
+    return TrainingState(
+        donor=str(donor), epoch=metadata["epoch"], optimizer_metadata=list(metadata["optimizer_metadata"]),
+        tensors=tensors,
+    )  # fmt: skip
