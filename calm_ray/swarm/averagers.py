@@ -25,6 +25,8 @@ class RoundVerdict:
     """What one peer saw of one round."""
 
     group_size: int
+    num_senders: int
+    """Members that brought something to average: the group without its auxiliary peers."""
     received_fraction: float
     """Share of our elements that came back averaged, 0 to 1. Stock hivemind logs this and forgets it."""
     num_banned: int
@@ -33,7 +35,7 @@ class RoundVerdict:
 
     @property
     def is_whole(self) -> bool:
-        return self.group_size > 1 and self.received_fraction >= 1.0 and self.num_banned == 0 and self.is_finite
+        return self.num_senders > 1 and self.received_fraction >= 1.0 and self.num_banned == 0 and self.is_finite
 
 
 class Gathered(dict[Any, Any]):
@@ -53,8 +55,12 @@ class _TruthfulRounds:
     async def _run_allreduce_inplace_(
         self, tensors: Sequence[torch.Tensor], group_info: GroupInfo, group_id: bytes | None = None, **kwargs: Any
     ) -> None:
-        """As stock (averager.py:537), but updates that are not finite are not applied, and the runner is asked how it went."""
+        """As stock (averager.py:537), with three differences: updates that are not finite are not applied; the runner is
+        asked how it went; and it is told the members' modes, which stock loses (averager.py:530), so that an auxiliary
+        peer reduces without uploading tensors of its own that count for nothing.
+        """
         group_id = group_info.group_id if group_id is None else group_id
+        modes = tuple(AveragingMode(self.serializer.loads(entry)[1]) for entry in group_info.gathered)  # type: ignore[attr-defined]
         runner = AllReduceRunner(
             p2p=self._p2p,  # type: ignore[attr-defined]
             servicer_type=type(self),
@@ -62,6 +68,7 @@ class _TruthfulRounds:
             tensors=tensors,
             group_id=group_id,
             ordered_peer_ids=group_info.peer_ids,
+            modes=modes,
             **kwargs,
         )
         self._running_groups[group_id].set_result(runner)  # type: ignore[attr-defined]
@@ -79,6 +86,7 @@ class _TruthfulRounds:
         container = runner.tensor_part_container
         self._verdict = RoundVerdict(
             group_size=group_info.group_size,
+            num_senders=sum(mode != AveragingMode.AUX for mode in modes),
             received_fraction=1.0 - container.failed_size / max(1, container.total_size),
             num_banned=len(runner.banned_senders),
             is_finite=is_finite,

@@ -10,8 +10,8 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import AsyncIterator  # noqa: UP035: hivemind tells streams by typing's alias, and only by that
 
 from google.protobuf.wrappers_pb2 import BytesValue, StringValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase

@@ -5,6 +5,7 @@ DHT node cannot change from client mode to full later, so the question is asked 
 """
 
 import asyncio
+import ipaddress
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -153,7 +154,8 @@ async def _ask_for_dial_back(
             stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=run_id)
             reply = await stub.rpc_dial_back(StringValue(value=str(port)), timeout=DIAL_BACK_TIMEOUT_SECONDS)
             answer = json.loads(reply.value)
-            host, is_reachable, reason = str(answer["host"]), answer["is_reachable"] is True, str(answer["reason"])[:100]
+            is_reachable, reason = answer["is_reachable"] is True, str(answer["reason"])[:100]
+            host = str(ipaddress.ip_address(answer["host"])) if is_reachable else str(answer["host"])[:50]
         except (P2PHandlerError, TimeoutError, OSError, ValueError, KeyError, TypeError) as exc:
             reasons.append(str(exc) or type(exc).__name__)
             continue

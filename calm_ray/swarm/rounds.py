@@ -7,6 +7,7 @@ gradient, and gives up on state downloads after a few tries instead of looping f
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from typing import Any
 
 import hivemind
 import torch
-from hivemind.optim.progress_tracker import ProgressTracker
 
 from calm_ray.errors import StateUnavailable
 from calm_ray.swarm.averagers import GradientAverager, RoundVerdict, TrainingStateAverager
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_STATE_TRIES = 5
 """Downloads of the state before a peer gives up and lets its watchdog restart it."""
+STATE_PAUSE_SECONDS = 2.0
 
 MakeOptimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -42,7 +43,7 @@ class StepRules:
 
 
 @dataclass(kw_only=True)
-class RoundCounts:
+class RoundTally:
     """Gradient rounds by outcome: averaged, partial, alone, failed, nonfinite."""
 
     by_outcome: Counter[str] = field(default_factory=Counter)
@@ -58,7 +59,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         self, swarm: Swarm, *, param_groups: Iterable[dict[str, Any]], rules: StepRules, averaging: AveragingTable,
         target_batch_size: int, is_auxiliary: bool = False,
     ) -> None:  # fmt: skip
-        self.rounds = RoundCounts()
+        self.rounds = RoundTally()
         self._rules = rules
         self._should_skip_step = False
         request_timeout = min(3.0, averaging.matchmaking_seconds / 2)  # longer than matchmaking can deadlock it
@@ -107,9 +108,6 @@ class SwarmOptimizer(hivemind.Optimizer):
             **kwargs,
         )
 
-    def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> ProgressTracker:
-        return super()._make_progress_tracker(target_batch_size, **kwargs)
-
     def _make_guarded_optimizer(self, param_groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         optimizer = self._rules.make_optimizer(param_groups)
         unguarded = optimizer.step
@@ -149,7 +147,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         self.rounds.last_group_size = verdict.group_size
         if not verdict.is_finite:
             self._should_skip_step = True
-        outcome = "averaged" if verdict.is_whole else ("partial" if verdict.is_finite else "nonfinite")
+        outcome = _outcome(verdict)
         if verdict.is_whole:
             self.rounds.samples_averaged += self._samples_at_stake
         self._count(outcome)
@@ -159,6 +157,19 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.local_epoch, outcome, verdict.group_size, verdict.received_fraction, verdict.num_banned,
             self._samples_at_stake,
         )  # fmt: skip
+
+    def assist(self) -> None:
+        """An auxiliary peer's `step()`. One that missed a boundary follows the swarm; stock would average it once more."""
+        if self.tracker.global_epoch > self.local_epoch:
+            with self.tracker.pause_updates():
+                self.state_averager.local_epoch = self.tracker.global_epoch
+                self.tracker.update_epoch(self.tracker.global_epoch)
+        else:
+            self.step()
+
+    def wait_for_swarm(self, *, timeout_seconds: float) -> None:
+        """Let the tracker read the swarm's progress once, so that `tracker.global_epoch` is more than our own guess."""
+        self.tracker.fetched_global_progress_this_epoch.wait(timeout_seconds)
 
     def _count(self, outcome: str) -> None:
         self.rounds.by_outcome[outcome] += 1
@@ -170,7 +181,9 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.scheduled_grads = None
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
-            for _ in range(MAX_STATE_TRIES):
+            for attempt in range(MAX_STATE_TRIES):
+                if attempt:
+                    time.sleep(STATE_PAUSE_SECONDS * attempt)  # donors may be averaging: give them time to finish
                 try:
                     self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
                 except Exception as exc:
@@ -187,6 +200,14 @@ class SwarmOptimizer(hivemind.Optimizer):
             self.grad_averager.reset_accumulated_grads_()
             if not self.client_mode:
                 self.state_averager.state_sharing_priority = self.local_epoch
+
+
+def _outcome(verdict: RoundVerdict) -> str:
+    if not verdict.is_finite:
+        return "nonfinite"
+    if verdict.num_senders <= 1:
+        return "alone"
+    return "averaged" if verdict.is_whole else "partial"
 
 
 def state_prefix(run_id: str) -> str:

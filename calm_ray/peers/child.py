@@ -1,0 +1,77 @@
+"""The process that does a peer's work: `python -m calm_ray.peers.child STATUS_FD SPEC_JSON`, started by the watchdog only.
+
+SIGTERM asks it to leave. If a round or a download keeps it longer than GRACE_SECONDS it leaves without goodbye: its
+groupmates then treat it like a peer whose line was cut.
+"""
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+
+from calm_ray.errors import CalmRayError
+from calm_ray.peers.context import PeerContext
+from calm_ray.peers.spec import PeerSpec
+
+GRACE_SECONDS = 6.0
+NUM_FILES = 16384
+"""CALM's README: the default of 1024 ends in "too many open files" once a swarm has some dozens of peers."""
+
+
+def main(status_fd: int, spec: PeerSpec) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stdout)
+    _raise_file_limit()
+    context = PeerContext(spec, status_fd=status_fd)
+    _leave_on_sigterm(context.stop)
+    try:
+        _run_role(context)
+    except CalmRayError as exc:
+        logging.error("%s", exc)
+        context.fail(str(exc))
+        return exc.exit_code
+    except Exception as exc:
+        logging.exception("unexpected")
+        context.fail(f"{type(exc).__name__}: {exc} (this is a bug: please send us {spec.log_path})")
+        return 1
+    finally:
+        # hivemind's goodbyes may hang on a dead peer; everything forked from here dies with this process anyway.
+        threading.Timer(GRACE_SECONDS, os._exit, args=(0,)).start()
+        context.close()
+    return 0
+
+
+def _run_role(context: PeerContext) -> None:
+    if context.spec.role == "trainer":
+        from calm_ray.peers.trainer import run
+    elif context.spec.role == "auxiliary":
+        from calm_ray.peers.auxiliary import run
+    else:
+        from calm_ray.peers.monitor import run
+    run(context)
+
+
+def _leave_on_sigterm(stop: threading.Event) -> None:
+    def handler(*_: object) -> None:
+        if not stop.is_set():
+            stop.set()
+            timer = threading.Timer(GRACE_SECONDS, os._exit, args=(0,))
+            timer.daemon = True
+            timer.start()
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the watchdog, which asks us politely
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = NUM_FILES if hard == resource.RLIM_INFINITY else min(NUM_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+if __name__ == "__main__":
+    code = main(int(sys.argv[1]), PeerSpec.model_validate_json(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(code)  # non-daemon threads of hivemind must not hold the process

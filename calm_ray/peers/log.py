@@ -1,0 +1,32 @@
+"""A peer's log file, bounded: two files of MAX_BYTES each, whatever the child prints."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+MAX_BYTES = 8 * 1024 * 1024
+
+
+class RotatingLog:
+    """Append bytes; when full, the file becomes `NAME.1` and a new one begins. A full disk never stops the peer."""
+
+    def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
+        self._path, self._max_bytes = path, max_bytes
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("ab")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self._file.tell() + len(data) > self._max_bytes:
+                self._file.close()
+                self._path.replace(self._path.with_name(self._path.name + ".1"))
+                self._file = self._path.open("ab")
+            self._file.write(data)
+            self._file.flush()
+        except OSError:
+            pass  # lines are lost, the training is not

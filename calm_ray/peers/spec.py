@@ -1,0 +1,56 @@
+"""What a peer process is told when it starts: its role, its folder, and where the run is."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from calm_ray.config import PeerTable
+from calm_ray.report import Role
+from calm_ray.tables import Table
+
+Reach = Literal["auto", "client", "public"]
+
+
+class CheckpointSpec(Table):
+    """For a monitor that writes checkpoints."""
+
+    folder: Path
+    every_epochs: int = Field(ge=1)
+    keep_last: int = Field(ge=1)
+
+
+class PeerSpec(Table):
+    """One peer. `bundle` for the first auxiliary peer, which has it on disk; everyone else comes with an `invite`."""
+
+    role: Role
+    folder: Path
+    """Identity, log, lock and downloaded bundle: one folder for each peer, never shared."""
+    bundle: Path | None = None
+    invite: str | None = None
+    peer: PeerTable = PeerTable()
+    reach: Reach = "auto"
+    """`auto`: full peer only if an auxiliary peer can dial us back; `public`: do not ask; `client`: never."""
+    has_lease: bool = False
+    """Leave when nobody holds the control socket: whoever started us is gone."""
+    checkpoints: CheckpointSpec | None = None
+    linger_seconds: float = Field(default=20.0, ge=0)
+    """After the last epoch, stay this long: groupmates may still need us, and the monitor our state."""
+
+    @model_validator(mode="after")
+    def _knows_the_run(self) -> Self:
+        if self.bundle is None and self.invite is None:
+            raise ValueError("give an invite, or a bundle to start a new run from")
+        return self
+
+    @property
+    def identity_path(self) -> Path:
+        return self.folder / "identity.key"
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "peer.log"
+
+    @property
+    def feed_path(self) -> Path:
+        return self.folder / "feed.sqlite"

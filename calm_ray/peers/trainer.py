@@ -1,0 +1,135 @@
+"""A trainer: computes gradients on its own stream of text and steps with the swarm."""
+
+import logging
+import time
+
+from calm_ray.peers.auxiliary import round_counts
+from calm_ray.peers.context import PeerContext
+from calm_ray.peers.learner import make_learner
+from calm_ray.report import EpochRecord
+from calm_ray.swarm.rounds import SwarmOptimizer
+from calm_ray.training.loop import GradientSource, MicroStep, open_gradient_source, prepare_device
+
+logger = logging.getLogger(__name__)
+
+FIRST_FETCH_SECONDS = 10.0
+
+
+class EpochTally:
+    """This peer's sums over one epoch, as its reports give them."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.mini_steps = self.num_samples = 0
+        self.mlm_loss_sum = self.sop_loss_sum = 0.0
+
+    def add(self, step: MicroStep) -> None:
+        self.mini_steps += 1
+        self.num_samples += step.num_samples
+        self.mlm_loss_sum += step.mlm_loss
+        self.sop_loss_sum += step.sop_loss
+
+    def record(self) -> EpochRecord | None:
+        if not self.mini_steps:
+            return None
+        return EpochRecord(
+            epoch=self.epoch, mini_steps=self.mini_steps, num_samples=self.num_samples,
+            mlm_loss_sum=self.mlm_loss_sum, sop_loss_sum=self.sop_loss_sum,
+        )  # fmt: skip
+
+
+class Trainer:
+    """One trainer's state; `train()` returns when the run has ended or the peer was asked to leave."""
+
+    def __init__(self, context: PeerContext, source: GradientSource, optimizer: SwarmOptimizer) -> None:
+        self._context, self._source, self.optimizer = context, source, optimizer
+        self._tally = EpochTally(0)
+        self._last_record: EpochRecord | None = None
+        self._is_first_contribution = True
+        self.started_at = time.time()
+
+    def train(self) -> None:
+        context, optimizer = self._context, self.optimizer
+        num_epochs = context.run.num_epochs
+        context.report_with(self.facts)
+        self._catch_up()
+        context.tell("training")
+        while not context.stop.is_set() and optimizer.local_epoch < num_epochs:
+            self.step()
+        if optimizer.local_epoch >= num_epochs:
+            context.tell("waiting", "the run has reached its last epoch: thank you")
+            context.publish()
+            context.stop.wait(context.spec.linger_seconds)
+        context.tell("leaving")
+        optimizer.shutdown()
+
+    def step(self) -> None:
+        """One micro-batch; at the end of an epoch this takes as long as averaging does."""
+        epoch = self.optimizer.local_epoch
+        if epoch != self._tally.epoch:
+            self._tally = EpochTally(epoch)
+        result = self._source.step(epoch=epoch)
+        if not result.is_finite:
+            logger.warning("micro-batch dropped epoch=%d: loss or gradient is not finite", epoch)
+            return
+        self._tally.add(result)
+        self.optimizer.step(batch_size=result.num_samples)
+        self.optimizer.zero_grad()
+        if self.optimizer.local_epoch != epoch:
+            self._on_epoch_end()
+
+    def _on_epoch_end(self) -> None:
+        self._last_record = self._tally.record()
+        self._tally = EpochTally(self.optimizer.local_epoch)
+        if self._is_first_contribution and self.optimizer.rounds.samples_averaged:
+            self._is_first_contribution = False
+            self._context.tell("training", "first gradient contributed")
+        record = self._last_record
+        if record is not None:
+            logger.info(
+                "epoch=%d samples=%d mlm_mean_loss=%.4f sop_mean_loss=%.4f",
+                record.epoch, record.num_samples, record.mlm_loss_sum / record.mini_steps,
+                record.sop_loss_sum / record.mini_steps,
+            )  # fmt: skip
+
+    def _catch_up(self) -> None:
+        """Load the swarm's state if it is ahead of us; gradients of older parameters help nobody."""
+        self.optimizer.wait_for_swarm(timeout_seconds=FIRST_FETCH_SECONDS)
+        if self.optimizer.tracker.global_epoch > self.optimizer.local_epoch:
+            self._context.tell("joining", f"downloading the state of epoch {self.optimizer.tracker.global_epoch}")
+            self.optimizer.load_state_from_peers()
+
+    def facts(self) -> dict[str, object]:
+        """What changes from report to report."""
+        progress = self.optimizer.tracker.local_progress
+        epoch = self.optimizer.local_epoch
+        record = self._last_record
+        return {
+            "epoch": epoch,
+            "samples_accumulated": progress.samples_accumulated if progress.epoch == epoch else 0,
+            "samples_per_second": progress.samples_per_second,
+            "samples_contributed": self.optimizer.rounds.samples_averaged,
+            "last_epoch": record if record is not None and record.epoch < epoch else None,
+            "rounds": round_counts(self.optimizer),
+            "last_group_size": self.optimizer.rounds.last_group_size,
+        }
+
+
+def run(context: PeerContext) -> None:
+    context.join()
+    table, peer = context.run, context.spec.peer
+    device = prepare_device(peer)
+    learner = make_learner(table, context.bundle, device=device)
+    optimizer = SwarmOptimizer(
+        context.swarm, param_groups=learner.param_groups, rules=learner.rules, averaging=table.averaging,
+        target_batch_size=table.target_batch_size,
+    )  # fmt: skip
+    # After hivemind's forks: the source starts threads and may touch CUDA.
+    source = open_gradient_source(
+        learner.model, run=table, peer=peer, bundle=context.bundle, device=device,
+        seed_text=f"{context.swarm.peer_id} {context.boot_id}",
+    )  # fmt: skip
+    try:
+        Trainer(context, source, optimizer).train()
+    finally:
+        source.close()
