@@ -1,0 +1,72 @@
+"""`calm-ray join INVITE`: a volunteer's one command. Says what happens in words; the log has the rest."""
+
+import sys
+import time
+from pathlib import Path
+
+from calm_ray import __version__
+from calm_ray.config import load_peer_table, state_home
+from calm_ray.invite import decode_invite
+from calm_ray.peers.spec import PeerSpec, Reach
+from calm_ray.peers.status import PeerStatus
+from calm_ray.peers.watchdog import Watchdog
+from calm_ray.report import PeerReport
+
+OPEN_RUN_WARNING = (
+    "Note: this run is open. Anyone who has the invite can take part, and can also change the model;\n"
+    "      share it only with people you trust until the run checks its members."
+)
+
+
+def join(invite_text: str, *, config: Path | None, folder: Path | None, name: str | None, reach: Reach) -> int:
+    invite = decode_invite(invite_text)
+    peer = load_peer_table(config)
+    if name is not None:
+        peer = type(peer).model_validate({**peer.model_dump(), "name": name})
+    folder = (folder or state_home() / "peers" / invite.run_id).resolve()
+    print(f"calm-ray {__version__}: joining run {invite.run_id!r}. Ctrl-C leaves, any time, without harm.")
+    print(OPEN_RUN_WARNING)
+    print(f"Log: {folder / 'peer.log'}", flush=True)
+    spec = PeerSpec(role="trainer", folder=folder, invite=invite_text, peer=peer, reach=reach)
+    narrator = Narrator(started_at=time.time())
+    watchdog = Watchdog(spec, on_status=narrator)
+    code = watchdog.run()
+    if watchdog.status.error:
+        print(f"calm-ray: {watchdog.status.error}", file=sys.stderr)
+    elif code == 0:
+        print(f"Left the run. You contributed {narrator.samples_contributed} samples. Thank you!")
+    return code
+
+
+class Narrator:
+    """Turns statuses into a volunteer's few lines: each change of state, each epoch, the first contribution."""
+
+    def __init__(self, *, started_at: float) -> None:
+        self._started_at = started_at
+        self._last: tuple[str, str] = ("", "")
+        self._last_epoch = -1
+        self.samples_contributed = 0
+
+    def __call__(self, status: PeerStatus) -> None:
+        now = (status.state, status.detail)
+        if now != self._last and status.state not in ("left",):
+            self._last = now
+            self._say(f"{status.state}{': ' + status.detail if status.detail else ''}")
+        if status.report is not None:
+            self._on_report(status.report)
+
+    def _on_report(self, report: PeerReport) -> None:
+        if report.samples_contributed and not self.samples_contributed:
+            self._say("your first gradient is in the model")
+        self.samples_contributed = max(self.samples_contributed, report.samples_contributed)
+        record = report.last_epoch
+        if record is not None and record.epoch > self._last_epoch:
+            self._last_epoch = record.epoch
+            self._say(
+                f"epoch {record.epoch + 1} done, {record.num_samples} samples from you, MLM loss {record.mlm_mean_loss:.3f}, "
+                f"SOP loss {record.sop_mean_loss:.3f}, {report.samples_per_second:.1f} samples/s, "
+                f"averaged with {max(0, report.last_group_size - 1)} others"
+            )
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.time() - self._started_at:6.1f} s] {text}", flush=True)

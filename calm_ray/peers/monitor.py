@@ -1,0 +1,124 @@
+"""A monitor: reads everyone's reports, keeps the feed, and writes checkpoints. Reading needs no model and no torch."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from calm_ray.errors import CalmRayError, SwarmUnreachable
+from calm_ray.observe.feed import Feed
+from calm_ray.observe.ingest import rows_of
+from calm_ray.peers.context import PeerContext
+from calm_ray.peers.spec import CheckpointSpec
+from calm_ray.report import SummaryLimits, SwarmSummary, summarise
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0
+"""Between two tries to get a checkpoint's state."""
+
+
+def run(context: PeerContext) -> None:
+    context.join()
+    table = context.run
+    limits = SummaryLimits(
+        config_hash=table.config_hash(), num_epochs=table.num_epochs, target_batch_size=table.target_batch_size,
+        max_age_seconds=max(10.0, 4 * table.report_seconds),
+    )  # fmt: skip
+    epoch = 0
+    context.report_with(lambda: {"epoch": epoch})
+    context.tell("watching")
+    with Feed(context.spec.feed_path) as feed, Checkpointer(context) as checkpointer:
+        while not context.stop.wait(table.report_seconds):
+            try:
+                reports = context.swarm.snapshot()
+            except SwarmUnreachable as exc:
+                context.tell("watching", f"no reports: {exc}")
+                continue
+            summary = summarise(reports, now=time.time(), limits=limits)
+            epoch = summary.epoch
+            feed.append_all(rows_of(summary))
+            checkpointer.on_summary(summary)
+            context.tell("watching", summary=dataclasses.asdict(summary), last_checkpoint=checkpointer.last_path)
+
+
+class Checkpointer:
+    """Writes a checkpoint every so many epochs, one at a time, beside the reading of reports."""
+
+    def __init__(self, context: PeerContext) -> None:
+        self._context = context
+        self._spec = context.spec.checkpoints
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[tuple[int, str]] | None = None
+        self._not_before = 0.0
+        self._last_epoch = 0
+        self.last_path = ""
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def on_summary(self, summary: SwarmSummary) -> None:
+        if self._spec is None:
+            return
+        if self._pending is not None:
+            if not self._pending.done():
+                return
+            self._collect(self._pending)
+            self._pending = None
+        due = due_epoch(
+            epoch=summary.epoch, last_epoch=self._last_epoch, every_epochs=self._spec.every_epochs,
+            num_epochs=summary.num_epochs,
+        )  # fmt: skip
+        if due is not None and time.monotonic() >= self._not_before:
+            self._pending = self._pool.submit(write_one, self._context, self._spec, due)
+
+    def _collect(self, pending: Future[tuple[int, str]]) -> None:
+        try:
+            self._last_epoch, self.last_path = pending.result()
+        except CalmRayError as exc:
+            self._not_before = time.monotonic() + RETRY_SECONDS
+            logger.warning("checkpoint not written, trying again: %s", exc)
+        except Exception:
+            self._not_before = time.monotonic() + RETRY_SECONDS
+            logger.exception("checkpoint not written, trying again")
+
+
+def due_epoch(*, epoch: int, last_epoch: int, every_epochs: int, num_epochs: int) -> int | None:
+    """The least epoch that the next checkpoint must have, or None if none is due. The last epoch is always due."""
+    if last_epoch >= num_epochs:
+        return None
+    if epoch >= num_epochs:
+        return num_epochs
+    due = epoch // every_epochs * every_epochs
+    return due if due > last_epoch else None
+
+
+def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int) -> tuple[int, str]:
+    """Download the state from a full peer and write it down; (its epoch, the checkpoint's path)."""
+    # Late: reading reports must not cost a monitor the memory of torch and transformers.
+    from calm_ray.checkpoint.write import write_checkpoint
+    from calm_ray.swarm.state import download_state
+    from calm_ray.training.model import describe_parameters
+    from calm_ray.training.prepare import load_bundle_model_config
+
+    config = load_bundle_model_config(context.bundle)
+    names, num_elements = describe_parameters(config)
+    state = download_state(
+        context.swarm, min_epoch=min_epoch, max_bytes=16 * num_elements + (64 << 20),
+        timeout_seconds=context.run.averaging.averaging_timeout_seconds + 60,
+    )  # fmt: skip
+    parameters: dict[str, Any] = dict(zip(names, state.tensors[: len(names)], strict=True))
+    optimizer_tensors: Sequence[Any] = state.tensors[len(names) :]
+    path = write_checkpoint(
+        spec.folder, epoch=state.epoch, run_id=context.run.run_id, config_hash=context.run.config_hash(),
+        named_parameters=parameters, optimizer_tensors=optimizer_tensors,
+        optimizer_metadata=state.optimizer_metadata, model_config=config.to_dict(),
+        tokenizer_dir=context.bundle / "tokenizer", keep_last=spec.keep_last,
+    )  # fmt: skip
+    logger.info("checkpoint epoch=%d donor=%s path=%s", state.epoch, state.donor, path)
+    return state.epoch, str(path)
