@@ -16,7 +16,7 @@ def run(context: PeerContext) -> None:
     context.join()
     torch.set_num_threads(1)  # it adds up parts, it does not train
     table = context.run
-    learner = make_learner(table, context.bundle, device=torch.device("cpu"))
+    learner = make_learner(table, context.bundle, device="cpu")
     optimizer = SwarmOptimizer(
         context.swarm, param_groups=learner.param_groups, rules=learner.rules, averaging=table.averaging,
         target_batch_size=table.target_batch_size, is_auxiliary=True,

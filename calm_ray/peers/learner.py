@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from calm_ray.config import RunTable
 from calm_ray.swarm.rounds import StepRules
 from calm_ray.training.model import build_model, parameter_groups
@@ -22,7 +20,7 @@ class Learner:
     rules: StepRules
 
 
-def make_learner(run: RunTable, bundle: Path, *, device: torch.device) -> Learner:
+def make_learner(run: RunTable, bundle: Path, *, device: str) -> Learner:
     """Build the run's model with its initial weights on `device`."""
     model = build_model(load_bundle_model_config(bundle), seed=run.model.init_seed).to(device)
     return Learner(

@@ -101,13 +101,18 @@ def due_epoch(*, epoch: int, last_epoch: int, every_epochs: int, num_epochs: int
 def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int) -> tuple[int, str]:
     """Download the state from a full peer and write it down; (its epoch, the checkpoint's path)."""
     # Late: reading reports must not cost a monitor the memory of torch and transformers.
+    import torch
+
     from calm_ray.checkpoint.write import write_checkpoint
     from calm_ray.swarm.state import download_state
-    from calm_ray.training.model import describe_parameters
+    from calm_ray.training.model import build_model, parameter_names
     from calm_ray.training.prepare import load_bundle_model_config
 
     config = load_bundle_model_config(context.bundle)
-    names, num_elements = describe_parameters(config)
+    with torch.device("meta"):
+        model = build_model(config, seed=0)
+    names = parameter_names(model)
+    num_elements = sum(parameter.numel() for parameter in model.parameters())
     state = download_state(
         context.swarm, min_epoch=min_epoch, max_bytes=16 * num_elements + (64 << 20),
         timeout_seconds=context.run.averaging.averaging_timeout_seconds + 60,

@@ -1,14 +1,20 @@
 """A trainer: computes gradients on its own stream of text and steps with the swarm."""
 
 import logging
-import time
+from pathlib import Path
+
+import torch
 
 from calm_ray.peers.auxiliary import round_counts
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.learner import make_learner
 from calm_ray.report import EpochRecord
 from calm_ray.swarm.rounds import SwarmOptimizer
-from calm_ray.training.loop import GradientSource, MicroStep, open_gradient_source, prepare_device
+from calm_ray.training.compute import choose_compute, describe_device
+from calm_ray.training.data import stream_seed
+from calm_ray.training.loop import GradientSource, MicroStep
+from calm_ray.training.prepare import load_bundle_tokenizer
+from calm_ray.training.stream import TrainingBatches
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +32,8 @@ class EpochTally:
     def add(self, step: MicroStep) -> None:
         self.mini_steps += 1
         self.num_samples += step.num_samples
-        self.mlm_loss_sum += step.mlm_loss
-        self.sop_loss_sum += step.sop_loss
+        self.mlm_loss_sum += step.mean_mlm_loss
+        self.sop_loss_sum += step.mean_sop_loss
 
     def record(self) -> EpochRecord | None:
         if not self.mini_steps:
@@ -46,7 +52,6 @@ class Trainer:
         self._tally = EpochTally(0)
         self._last_record: EpochRecord | None = None
         self._is_first_contribution = True
-        self.started_at = time.time()
 
     def train(self) -> None:
         context, optimizer = self._context, self.optimizer
@@ -118,18 +123,20 @@ class Trainer:
 def run(context: PeerContext) -> None:
     context.join()
     table, peer = context.run, context.spec.peer
-    device = prepare_device(peer)
-    learner = make_learner(table, context.bundle, device=device)
+    compute = choose_compute(describe_device(peer.device), peer=peer, sequence_length=table.data.sequence_length)
+    if peer.num_threads:
+        torch.set_num_threads(peer.num_threads)
+    context.tell("joining", f"building the model: {compute.device}, {compute.precision}")
+    learner = make_learner(table, context.bundle, device=compute.device)
     optimizer = SwarmOptimizer(
         context.swarm, param_groups=learner.param_groups, rules=learner.rules, averaging=table.averaging,
         target_batch_size=table.target_batch_size,
     )  # fmt: skip
-    # After hivemind's forks: the source starts threads and may touch CUDA.
-    source = open_gradient_source(
-        learner.model, run=table, peer=peer, bundle=context.bundle, device=device,
-        seed_text=f"{context.swarm.peer_id} {context.boot_id}",
-    )  # fmt: skip
-    try:
-        Trainer(context, source, optimizer).train()
-    finally:
-        source.close()
+    # After hivemind's forks: from here on there are threads.
+    tokenizer, special_ids = load_bundle_tokenizer(context.bundle)
+    seed = stream_seed(peer_id=context.swarm.peer_id, boot_id=context.boot_id)
+    with TrainingBatches(
+        table, bundle_dir=context.bundle, data_root=Path(peer.data_root), tokenizer=tokenizer,
+        special_ids=special_ids, batch_size=compute.micro_batch_size, seed=seed,
+    ) as batches:  # fmt: skip
+        Trainer(context, GradientSource(learner.model, batches=batches, compute=compute), optimizer).train()

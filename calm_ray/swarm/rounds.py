@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import hivemind
@@ -112,7 +113,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         optimizer = self._rules.make_optimizer(param_groups)
         unguarded = optimizer.step
 
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
             if self._should_skip_step:
                 return None
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -121,7 +122,7 @@ class SwarmOptimizer(hivemind.Optimizer):
                 return None
             return unguarded(*args, **kwargs)
 
-        optimizer.step = step  # type: ignore[method-assign]
+        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # torch's schedulers want a method
         return optimizer
 
     def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
