@@ -56,8 +56,6 @@ class Narrator:
             self._on_report(status.report)
 
     def _on_report(self, report: PeerReport) -> None:
-        if report.samples_contributed and not self.samples_contributed:
-            self._say("your first gradient is in the model")
         self.samples_contributed = max(self.samples_contributed, report.samples_contributed)
         record = report.last_epoch
         if record is not None and record.epoch > self._last_epoch:

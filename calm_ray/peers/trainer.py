@@ -88,7 +88,7 @@ class Trainer:
         self._tally = EpochTally(self.optimizer.local_epoch)
         if self._is_first_contribution and self.optimizer.rounds.samples_averaged:
             self._is_first_contribution = False
-            self._context.tell("training", "first gradient contributed")
+            self._context.tell("training", "the first gradient from here is in the model")
         record = self._last_record
         if record is not None:
             logger.info(

@@ -73,6 +73,8 @@ class SwarmOptimizer(hivemind.Optimizer):
             scheduler=rules.make_schedule,
             matchmaking_time=averaging.matchmaking_seconds,
             averaging_timeout=averaging.averaging_timeout_seconds,
+            # Stock takes matchmaking_time, too short on a busy machine: the sender is banned, the round partial.
+            next_chunk_timeout=averaging.averaging_timeout_seconds / 4,
             offload_optimizer=True,  # the optimizer works on the buffers that are averaged; the model gets a copy
             delay_state_averaging=False,
             average_state_every=averaging.average_state_every,

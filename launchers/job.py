@@ -1,0 +1,130 @@
+"""The Ray job: the organiser's composition root.
+
+    python -m launchers.job runs/demo.toml           bring up the run's own peers and watch them until its last epoch
+    python -m launchers.job config runs/demo.toml    check all three tables and print them
+
+On a laptop it starts a Ray of its own; under `ray job submit` it uses the cluster it was submitted to.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from calm_ray.cli.invite import INVITE_FILE, install_line
+from calm_ray.errors import CalmRayError, ConfigError
+from launchers.organiser import OrganiserConfig, load_organiser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; the process's exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["config"]:
+            return _print_config(arguments[1:])
+        return _run_job(arguments)
+    except CalmRayError as exc:
+        print(f"job: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        print("job: interrupted; all peers have left", file=sys.stderr)
+        return 130
+
+
+def _print_config(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launchers.job config")
+    parser.add_argument("file", type=Path)
+    config = load_organiser(parser.parse_args(argv).file)
+    print(config.model_dump_json(indent=2))
+    return 0
+
+
+def _run_job(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launchers.job", description="Bring up a run's own peers and watch them.")
+    parser.add_argument("config", type=Path, help="a run's TOML file, such as runs/demo.toml")
+    parser.add_argument("--out", type=Path, help="output folder (default: out/RUN_ID); the one before is kept as .previous")
+    args = parser.parse_args(argv)
+    config = load_organiser(args.config)
+    out = (args.out or Path("out") / config.run.run_id).resolve()
+    _say_hello(config, out)
+
+    from launchers.output import claim_output
+
+    with claim_output(out):
+        _prepare(args.config, out)
+        return _train_and_judge(config, out)
+
+
+def _say_hello(config: OrganiserConfig, out: Path) -> None:
+    job, run = config.organiser.job, config.run
+    print(f"Run {run.run_id!r}: {run.num_epochs} epochs of {run.target_batch_size} samples.")
+    print(
+        f"Own peers: {job.num_auxiliary} auxiliary, {job.num_monitors} monitor, {job.num_trainers} trainer. "
+        f"Everything goes to {_short(out)}",
+        flush=True,
+    )
+
+
+def _prepare(config_path: Path, out: Path) -> None:
+    """In a process of its own: the driver stays free of torch."""
+    try:
+        install = install_line(None)
+    except ConfigError:
+        install = ""
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.prepare", str(config_path), str(out), install],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["launchers.prepare failed and said nothing"]
+        raise (ConfigError if done.returncode == ConfigError.exit_code else CalmRayError)(lines[-1])
+    print("Tokenizer trained, run bundle sealed, initial checkpoint written.", flush=True)
+
+
+def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
+    import ray
+
+    from launchers.crew import Crew
+    from launchers.verdict import evaluate, print_verdict
+    from launchers.watch import watch
+
+    before = evaluate(out / "checkpoints" / "epoch-00000000", out / "bundle")
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    address = os.environ.get("RAY_ADDRESS")
+    ray.init(
+        address=address or "local", namespace="calm-ray", log_to_driver=False, logging_level="ERROR",
+        **({} if address else {"include_dashboard": False}),
+    )  # fmt: skip
+    try:
+        crew = Crew(config, out=out)
+        try:
+            invite = crew.start_auxiliaries().encode()
+            (out / INVITE_FILE).write_text(invite + "\n")
+            print("\nInvite volunteers (anyone who has this line can take part, and can change the model):\n")
+            print(f"  calm-ray join {invite}\n", flush=True)
+            crew.start_others()
+            checkpoint = watch(crew, config=config)
+        finally:
+            crew.stop()
+    finally:
+        ray.shutdown()
+    after = evaluate(checkpoint, out / "bundle")
+    print_verdict(before=before, after=after, checkpoint=checkpoint)
+    return 0
+
+
+def _as_interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

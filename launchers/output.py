@@ -1,0 +1,27 @@
+"""The run's output folder: one job at a time, and the run before this one is kept, once."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from calm_ray.errors import ConfigError
+
+
+@contextlib.contextmanager
+def claim_output(out: Path) -> Iterator[None]:
+    """Give a fresh, locked `out`; what was there becomes `out.previous`, and what was *that* is deleted."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = out.with_name(out.name + ".lock")
+    with lock_path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{out}: another job is writing there; wait for it, or choose another --out") from None
+        if out.exists():
+            previous = out.with_name(out.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            out.rename(previous)
+        out.mkdir()
+        yield

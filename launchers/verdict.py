@@ -1,0 +1,45 @@
+"""What the run was worth: the written checkpoint on held-out text, before and after, beside two marks that need no model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from calm_ray.errors import CalmRayError
+
+
+def evaluate(checkpoint: Path, bundle: Path) -> dict[str, Any]:
+    """Measure a checkpoint in a short process of its own; the fields of `calm_ray.training.evaluate.Evaluation`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "calm_ray.training.evaluate", str(checkpoint), str(bundle), "--json"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise CalmRayError(f"evaluation of {checkpoint} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def print_verdict(*, before: dict[str, Any], after: dict[str, Any], checkpoint: Path) -> None:
+    """Losses before and after, and the line that loads the model."""
+    console = Console()
+    start, unigram = before["ln_vocab_size"], before["unigram_loss"]
+    closed = (start - after["mean_mlm_loss"]) / (start - unigram)
+    table = Table(title=f"Held-out text: {after['num_sequences']} sequences, {after['num_masked_tokens']} masked tokens")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("MLM loss", f"{before['mean_mlm_loss']:.3f}", f"{after['mean_mlm_loss']:.3f}")
+    table.add_row("SOP loss", f"{before['mean_sop_loss']:.3f}", f"{after['mean_sop_loss']:.3f}")
+    table.add_row("SOP accuracy", f"{before['sop_accuracy']:.3f}", f"{after['sop_accuracy']:.3f}")
+    table.add_row("knowing nothing: ln(vocabulary)", f"{start:.3f}", "")
+    table.add_row("knowing each token's frequency", f"{unigram:.3f}", "")
+    console.print(table)
+    console.print(f"Of the way from knowing nothing to knowing frequencies, MLM has gone {100 * closed:.0f} %.")
+    console.print("\nThe checkpoint loads with transformers alone:\n", highlight=False)
+    # Not through rich: it would wrap the paths, and these lines are to be copied.
+    print(f'  AlbertForPreTraining.from_pretrained("{checkpoint}")')
+    print(f'  AutoTokenizer.from_pretrained("{checkpoint}")', flush=True)

@@ -1,0 +1,64 @@
+"""Follow the run on the terminal: ask the monitor once a second, show the table, end at the last epoch's checkpoint."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from calm_ray.errors import CalmRayError
+from calm_ray.observe.table import plain_line, render
+from calm_ray.peers.status import PeerStatus
+from calm_ray.report import SwarmSummary
+from launchers.crew import Crew
+from launchers.organiser import OrganiserConfig
+
+POLL_SECONDS = 1.0
+
+
+def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
+    """Block until the last epoch's checkpoint is written and return its path. CalmRayError if the run cannot end."""
+    console = Console()
+    own_peer_ids: set[str] = set()
+    progress_at, last_epoch = time.monotonic(), -1
+    with Live(console=console, refresh_per_second=4, transient=False) as live:
+        while True:
+            own_peer_ids |= _check_members(crew)
+            status = crew.status(crew.of_role("monitor")[0])
+            if status.summary is not None:
+                summary = SwarmSummary.model_validate(status.summary)
+                if summary.epoch != last_epoch:
+                    progress_at, last_epoch = time.monotonic(), summary.epoch
+                    if not console.is_terminal:
+                        print(plain_line(summary), flush=True)
+                if console.is_terminal:
+                    live.update(render(summary, run_id=config.run.run_id, own_peer_ids=frozenset(own_peer_ids)))
+                if (checkpoint := _final_checkpoint(status, num_epochs=config.run.num_epochs)) is not None:
+                    return checkpoint
+            stalled_for = time.monotonic() - progress_at
+            if stalled_for > config.organiser.job.stall_seconds:
+                raise CalmRayError(
+                    f"no epoch has completed for {stalled_for:.0f} s; logs: "
+                    + ", ".join(str(member.folder / "peer.log") for member in crew.members)
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def _check_members(crew: Crew) -> set[str]:
+    """Peer ids of our own; CalmRayError if a peer that the run cannot do without has given up."""
+    peer_ids = set()
+    for member in crew.members:
+        status = crew.status(member)
+        if status.peer_id:
+            peer_ids.add(status.peer_id)
+        if status.exit_code is not None:
+            log = member.folder / "peer.log"
+            raise CalmRayError(f"{member.name} left with code {status.exit_code}: {status.error or 'see'} {log}")
+    return peer_ids
+
+
+def _final_checkpoint(status: PeerStatus, *, num_epochs: int) -> Path | None:
+    if not status.last_checkpoint:
+        return None
+    path = Path(status.last_checkpoint)
+    return path if int(path.name.removeprefix("epoch-")) >= num_epochs else None
