@@ -36,7 +36,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 IN_STEP_STATES: frozenset[State] = frozenset({"training", "averaging", "assisting"})
 """States in which a peer holds the swarm's state, so its epoch says where the swarm is."""
 
-Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+MAX_COUNT = 1_000_000_000
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 _REASON_OF_FIELD: Mapping[str, Reason] = {
     "epoch": "epoch-out-of-reach",
     "samples_per_second": "impossible-rate",
@@ -191,8 +192,7 @@ class SummaryLimits:
     """A peer's mean loss is pulled to within so many nats of the median peer's."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpochLoss:
+class EpochLoss(_Record):
     """Losses of one completed epoch: means over mini_steps of `num_peers` trainers."""
 
     epoch: int
@@ -203,9 +203,8 @@ class EpochLoss:
     num_samples: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class SwarmSummary:
-    """The swarm as its believable reports show it at `at`."""
+class SwarmSummary(_Record):
+    """The swarm as its believable reports show it at `at`. Travels as JSON from the monitor to whoever asks it."""
 
     at: float
     epoch: int
@@ -220,7 +219,7 @@ class SwarmSummary:
     loss: EpochLoss | None
     """Of the newest completed epoch that anybody reports."""
     rounds: RoundCounts
-    """Summed over peers: one round of a group of four counts four times."""
+    """Summed over peers, so one round of a group of four counts four times; held to a count's bound."""
     peers: tuple[PeerReport, ...]
     """Believed reports: trainers first, those who contributed most on top."""
     drops: tuple[tuple[str, Reason], ...]
@@ -248,7 +247,7 @@ def summarise(reports: Sequence[tuple[str, bytes]], *, now: float, limits: Summa
     progress by one epoch.
     """
     believed, drops = _sift(reports, now=now, limits=limits)
-    epoch = _swarm_epoch(believed, own_peer_ids=limits.own_peer_ids)
+    epoch = _swarm_epoch(believed, num_epochs=limits.num_epochs, own_peer_ids=limits.own_peer_ids)
     drops += [(r.peer_id, "epoch-out-of-reach") for r in believed if r.epoch > epoch + limits.max_epoch_lead]
     believed = [r for r in believed if r.epoch <= epoch + limits.max_epoch_lead]
     trainers = [r for r in believed if r.role == "trainer"]
@@ -257,7 +256,7 @@ def summarise(reports: Sequence[tuple[str, bytes]], *, now: float, limits: Summa
     accumulated = sum(min(r.samples_accumulated, target) for r in in_step if r.epoch == epoch)
     rate = _swarm_rate(in_step, limits=limits)
     missing = max(0, target - accumulated) if epoch < limits.num_epochs else 0
-    later = target * max(0, limits.num_epochs - epoch - 1)
+    missing_to_end = missing + target * max(0, limits.num_epochs - epoch - 1)
     return SwarmSummary(
         at=now,
         epoch=epoch,
@@ -265,12 +264,10 @@ def summarise(reports: Sequence[tuple[str, bytes]], *, now: float, limits: Summa
         samples_accumulated=accumulated,
         target_batch_size=target,
         samples_per_second=rate,
-        seconds_to_next_epoch=missing / rate if rate >= MIN_RATE else None,
-        seconds_to_end=(missing + later) / rate if rate >= MIN_RATE else None,
+        seconds_to_next_epoch=_seconds_for(missing, rate=rate),
+        seconds_to_end=_seconds_for(missing_to_end, rate=rate),
         loss=_newest_loss(trainers, epoch=epoch, limits=limits),
-        rounds=RoundCounts.model_construct(
-            **{outcome: sum(getattr(r.rounds, outcome) for r in believed) for outcome in RoundCounts.model_fields}
-        ),
+        rounds=_total_rounds(believed),
         peers=tuple(sorted(believed, key=lambda r: (ROLES.index(r.role), -r.samples_contributed, r.peer_id))),
         drops=tuple(drops),
     )
@@ -319,14 +316,15 @@ def _disbelief(report: PeerReport, *, owner: str, now: float, limits: SummaryLim
     return None
 
 
-def _swarm_epoch(reports: Sequence[PeerReport], *, own_peer_ids: Collection[str]) -> int:
-    """The lower median of the epochs of peers in step.
+def _swarm_epoch(reports: Sequence[PeerReport], *, num_epochs: int, own_peer_ids: Collection[str]) -> int:
+    """The lower median of the epochs of peers in step, those included that have finished the run and wait.
 
     Own peers decide only among too few witnesses: an own peer that was cut off would otherwise hold the swarm back.
     """
-    in_step = [r for r in reports if r.state in IN_STEP_STATES and r.role != "monitor"]
+    peers = [r for r in reports if r.role != "monitor"]
+    in_step = [r for r in peers if r.state in IN_STEP_STATES or r.epoch == num_epochs]
     own = [r for r in in_step if r.peer_id in own_peer_ids]
-    voters = own if own and len(in_step) < MIN_WITNESSES else (in_step or reports)
+    voters = own if own and len(in_step) < MIN_WITNESSES else (in_step or peers)
     return median_low(r.epoch for r in voters) if voters else 0
 
 
@@ -336,6 +334,17 @@ def _swarm_rate(in_step: Sequence[PeerReport], *, limits: SummaryLimits) -> floa
     return math.fsum(
         r.samples_per_second if r.peer_id in limits.own_peer_ids else min(r.samples_per_second, cap) for r in in_step
     )
+
+
+def _seconds_for(num_samples: int, *, rate: float) -> float | None:
+    if num_samples == 0:
+        return 0.0
+    return num_samples / rate if rate >= MIN_RATE else None
+
+
+def _total_rounds(reports: Sequence[PeerReport]) -> RoundCounts:
+    totals = {outcome: sum(getattr(r.rounds, outcome) for r in reports) for outcome in RoundCounts.model_fields}
+    return RoundCounts(**{outcome: min(total, MAX_COUNT) for outcome, total in totals.items()})
 
 
 def _newest_loss(trainers: Sequence[PeerReport], *, epoch: int, limits: SummaryLimits) -> EpochLoss | None:

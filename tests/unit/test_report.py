@@ -151,13 +151,13 @@ def test_summary_loss_is_weighted_by_mini_steps_and_only_of_the_newest_epoch() -
 def test_summary_of_no_reports_divides_by_nothing() -> None:
     summary = summary_of()
     assert (summary.epoch, summary.samples_per_second, summary.peers) == (0, 0.0, ())
-    assert summary.seconds_to_next_epoch is summary.seconds_to_end is summary.loss is None
+    assert (summary.seconds_to_next_epoch, summary.seconds_to_end, summary.loss) == (None, None, None)
 
 
 @pytest.mark.parametrize("rate", [0.0, 5e-324])
 def test_summary_of_a_swarm_that_stands_still_has_no_arrival(rate: float) -> None:
     summary = summary_of(report(samples_per_second=rate))
-    assert summary.seconds_to_next_epoch is summary.seconds_to_end is None
+    assert (summary.seconds_to_next_epoch, summary.seconds_to_end) == (None, None)
 
 
 def test_summary_of_a_finished_run_has_nothing_left() -> None:
@@ -165,6 +165,22 @@ def test_summary_of_a_finished_run_has_nothing_left() -> None:
     assert (summary.epoch, summary.seconds_to_next_epoch, summary.seconds_to_end) == (100, 0.0, 0.0)
     assert summary.loss is not None
     assert summary.loss.epoch == 99
+
+
+def test_summary_after_the_end_when_trainers_wait_shows_the_last_epoch() -> None:
+    waiting = [report(f"Qm{c}", state="waiting", epoch=100, last_epoch=last_epoch(99)) for c in "ab"]
+    behind = report("Qmc", role="auxiliary", state="assisting", epoch=99, last_epoch=None)
+    summary = summary_of(*waiting, behind)
+    assert (summary.epoch, summary.seconds_to_end) == (100, 0.0)
+
+
+def test_summary_as_json_and_back_is_the_same() -> None:
+    honest = [(r.peer_id, encode(r)) for r in HONEST]
+    greedy = [
+        (r.peer_id, encode(r)) for r in (report(f"Qmy{i}", rounds=RoundCounts(failed=10**9)) for i in range(1, 4))
+    ]
+    summary = summarise([*honest, *greedy, ("Qmz", b"?")], now=NOW, limits=LIMITS)
+    assert SwarmSummary.model_validate(json.loads(summary.model_dump_json())) == summary
 
 
 @pytest.mark.parametrize(
