@@ -63,6 +63,12 @@ class PeerHandle:
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def abandon(self) -> None:
+        """Let go of the lease without a word, as if this process had died. The peer leaves by itself."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
     def request_stop(self) -> None:
         """Ask the peer to leave, without waiting."""
         if self._control is not None:
@@ -72,8 +78,7 @@ class PeerHandle:
     def stop(self, *, timeout_seconds: float = 12.0) -> int:
         """Leave and wait; the exit code, -9 if the watchdog itself had to be killed."""
         self.request_stop()
-        if self._control is not None:
-            self._control.close()
+        self.abandon()
         if self._process is None:
             return 0
         try:

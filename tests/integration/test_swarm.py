@@ -1,0 +1,119 @@
+"""A whole swarm of real processes: training, a late joiner, a client, equal parameters, a checkpoint, and leaving."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AlbertForPreTraining, AutoTokenizer
+
+from calm_ray.checkpoint.verify import verify_checkpoint
+from calm_ray.peers.spec import CheckpointSpec
+from calm_ray.report import SwarmSummary
+from calm_ray.swarm.node import NodeOptions, Swarm
+from calm_ray.swarm.rounds import state_prefix
+from calm_ray.swarm.state import download_state
+from tests.integration.runs import TinySwarm, tiny_swarm
+
+NUM_EPOCHS = 14
+EPOCH_SECONDS = 40.0
+"""Far more than the three or four that an epoch takes here: CI's two cores may be busy."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinySwarm]:
+    """Two trainers start; at epoch 3 a full peer and a client join; all wait at the last epoch."""
+    folder = tmp_path_factory.mktemp("swarm")
+    with tiny_swarm(folder, num_epochs=NUM_EPOCHS) as swarm:
+        spec = CheckpointSpec(folder=folder / "checkpoints", every_epochs=5, keep_last=2)
+        swarm.start("monitor", role="monitor", reach="public", checkpoints=spec)
+        for name in ("first", "second"):
+            swarm.start(name, role="trainer", reach="public")
+        swarm.wait_for_epoch("first", 3, 4 * EPOCH_SECONDS)
+        swarm.start("late", role="trainer", reach="auto")
+        swarm.start("client", role="trainer", reach="client")
+        yield swarm
+
+
+def _joined_at(log: str) -> int:
+    """Epoch whose state a newcomer asked for, by its own words in the log of its rounds."""
+    first = next(line for line in log.splitlines() if "round epoch=" in line)
+    return int(first.split("round epoch=")[1].split()[0])
+
+
+@pytest.mark.timeout(400)
+def test_late_joiner_is_in_step_within_two_epochs(finished: TinySwarm) -> None:
+    status = finished.wait("late", lambda s: s.state == "training" and s.report is not None, EPOCH_SECONDS)
+    assert status.report is not None
+    epoch_at_joining = finished.handles["first"].status().report.epoch  # type: ignore[union-attr]
+    finished.wait("late", lambda s: bool(s.report and s.report.rounds.averaged), 3 * EPOCH_SECONDS)
+    assert _joined_at(finished.log("late")) <= epoch_at_joining + 2
+
+
+@pytest.mark.timeout(400)
+def test_peer_that_was_dialled_back_is_a_full_peer(finished: TinySwarm) -> None:
+    assert not finished.handles["late"].status().is_client_mode
+
+
+@pytest.mark.timeout(400)
+def test_client_mode_trainer_contributes(finished: TinySwarm) -> None:
+    status = finished.wait("client", lambda s: bool(s.report and s.report.samples_contributed), 5 * EPOCH_SECONDS)
+    assert status.is_client_mode and status.report is not None
+    assert status.report.last_group_size >= 2
+
+
+@pytest.mark.timeout(400)
+def test_full_peers_differ_by_at_most_1e_6_at_an_epoch_boundary(finished: TinySwarm, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        finished.wait(name, lambda s: s.state == "waiting", NUM_EPOCHS * EPOCH_SECONDS)
+    boot = finished.handles["auxiliary"].status().addresses
+    options = NodeOptions(is_client_mode=True, listen="/ip4/127.0.0.1/tcp/0", identity_path=tmp_path / "id")
+    reader = Swarm.join(finished.config.run.run_id, initial_peers=boot, options=options)
+    try:
+        states = {}
+        for name in ("first", "second"):
+            peer_id = finished.handles[name].status().peer_id
+            reader.donors = lambda prefix, peer_id=peer_id: [  # type: ignore[method-assign]
+                donor for donor in Swarm.donors(reader, prefix) if str(donor) == peer_id
+            ]
+            assert reader.donors(state_prefix(reader.run_id)), f"{name} offers no state"
+            states[name] = download_state(reader, min_epoch=NUM_EPOCHS, max_bytes=1 << 26, timeout_seconds=30)
+    finally:
+        reader.close()
+    assert states["first"].epoch == states["second"].epoch == NUM_EPOCHS
+    num_parameters = len(states["first"].tensors) // 4  # AdamW: parameter, step, two moments
+    for a, b in zip(states["first"].tensors[:num_parameters], states["second"].tensors[:num_parameters], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.timeout(400)
+def test_monitor_counts_everyone_and_writes_a_checkpoint_that_loads(finished: TinySwarm) -> None:
+    status = finished.wait(
+        "monitor", lambda s: s.last_checkpoint.endswith(f"{NUM_EPOCHS:08d}"), NUM_EPOCHS * EPOCH_SECONDS
+    )
+    summary = SwarmSummary.model_validate(status.summary)
+    assert summary.peers_by_role["trainer"] == 4
+    assert not summary.dropped
+    checkpoint = Path(status.last_checkpoint)
+    verify_checkpoint(checkpoint)
+    model, info = AlbertForPreTraining.from_pretrained(checkpoint, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = AutoTokenizer.from_pretrained(checkpoint)("a swarm", "trains", return_tensors="pt", return_token_type_ids=True)
+    assert torch.isfinite(model(**tokens).prediction_logits).all()
+
+
+@pytest.mark.timeout(400)
+def test_every_peer_leaves_within_ten_seconds_and_leaves_nothing(finished: TinySwarm) -> None:
+    """Last in this file: it ends the swarm."""
+    trees = {
+        name: [psutil.Process(handle.pid), *psutil.Process(handle.pid).children(recursive=True)]
+        for name, handle in finished.handles.items()
+    }
+    for name, handle in finished.handles.items():
+        started = time.monotonic()
+        assert handle.stop() == 0, finished.log(name)[-2000:]
+        assert time.monotonic() - started < 10
+    left = [p for tree in trees.values() for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left
