@@ -18,10 +18,10 @@ _MIN_PROSE_SHARE = 0.88
 """Share of letters, spaces and plain punctuation. Code and tables lie below 0.85, paragraphs that quote code above."""
 
 _FUNCTION_WORDS = re.compile(r"\b(the|a|an|is|are|of|to|in|be|and|or|that)\b")
-_NOT_PROSE = re.compile(r"::=|>>>|^\s*[+|]|^\s*(=|-|\*|~){3,}\s*$", re.MULTILINE)
+_NOT_PROSE = re.compile(r"::=|>>>|\w = |^\s*[+|]|^\s*(=|-|\*|~){3,}\s*$", re.MULTILINE)
 _LIST_MARK = re.compile(r"^([*-]|\d+\.|\[\d+\])\s+")
 _EMPHASIS = re.compile(r"\*+([^*]+)\*+")
-_FOOTNOTE = re.compile(r"\s*\[\d+\]")
+_FOOTNOTE = re.compile(r"\s\[\d+\]")
 
 
 def builtin_documents() -> Iterator[str]:
