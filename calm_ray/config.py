@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from calm_ray.errors import ConfigError
 from calm_ray.tables import AveragingTable, DataTable, ModelTable, OptimizerTable, Table, TokenizerTable
@@ -106,7 +107,7 @@ TableT = TypeVar("TableT", bound=BaseModel)
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; raise ConfigError with file and position if it is missing or malformed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except FileNotFoundError:
         near = [str(p) for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
         hint = f"; there is {', '.join(near[:4])}" if near else ""
@@ -165,8 +166,14 @@ def _reject_unknown_tables(document: Mapping[str, Any], path: Path) -> None:
 def _describe(exc: ValidationError, model: type[BaseModel]) -> str:
     """One line for the first mistake, with the key's path and what is allowed; the rest only counted."""
     errors = exc.errors(include_url=False)
-    # A mistyped key shows up twice, as unknown and as missing: the unknown one is what the user can see in the file.
+    # One slip can show up twice. A list whose only item is wrong is also too short. A mistyped key is unknown and, under
+    # its right name, missing: the user sees the unknown one in the file.
+    errors = [e for e in errors if e["type"] != "too_short" or not any(_lies_below(o, e) for o in errors)]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]), n=1)
+        meant = (*first["loc"][:-1], *near)
+        errors = [e for e in errors if e["type"] != "missing" or e["loc"] != meant]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         text = f"unknown key `{key}`{_suggest(str(first['loc'][-1]), _known_keys(model, first['loc'][:-1]))}"
@@ -178,6 +185,10 @@ def _describe(exc: ValidationError, model: type[BaseModel]) -> str:
         shown = f", got {got!r}" if isinstance(got, str | int | float | bool) else ""
         text = f"`{key}`: {message}{shown}" if key else message
     return text + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+
+
+def _lies_below(error: ErrorDetails, other: ErrorDetails) -> bool:
+    return len(error["loc"]) > len(other["loc"]) and error["loc"][: len(other["loc"])] == other["loc"]
 
 
 def _known_keys(model: Any, loc: tuple[int | str, ...]) -> list[str]:

@@ -5,7 +5,7 @@ Types only; reading, hashing and error messages are in `config.py`.
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Table(BaseModel):
@@ -13,9 +13,23 @@ class Table(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _types_are_meant(cls, value: object, info: ValidationInfo) -> object:
+        """TOML has types, so `true` and `"40"` for a number are slips; pydantic alone would take them for 1 and 40.
+
+        Its strict mode was rejected: it refuses TOML's arrays for tuples.
+        """
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if wanted in (int, float, int | None, float | None) and isinstance(value, bool | str):
+            raise ValueError("Input should be a number")
+        if wanted is bool and not isinstance(value, bool):
+            raise ValueError("Input should be true or false")
+        return value
+
 
 class ModelTable(Table):
-    """The model's shape: an ALBERT, field names as in `transformers.AlbertConfig`. Change it only before a run starts."""
+    """The model's shape: an ALBERT, fields named as in `transformers.AlbertConfig`. Fixed once a run has started."""
 
     hidden_size: int = Field(ge=8)
     """Width of the transformer. Parameters and compute grow with its square."""
@@ -78,7 +92,7 @@ class TokenizerTable(Table):
     def _source_has_its_field(self) -> Self:
         needed = {"train": "vocab_size", "path": "path", "hub": "hub_id"}[self.source]
         if getattr(self, needed) is None:
-            raise ValueError(f"source = \"{self.source}\" needs `{needed}`")
+            raise ValueError(f'source = "{self.source}" needs `{needed}`')
         return self
 
 
@@ -196,7 +210,7 @@ class OptimizerTable(Table):
     @model_validator(mode="after")
     def _schedule_is_sane(self) -> Self:
         if self.decay_epochs <= self.warmup_epochs:
-            raise ValueError(f"decay_epochs {self.decay_epochs} must be greater than warmup_epochs {self.warmup_epochs}")
+            raise ValueError(f"decay_epochs {self.decay_epochs} must exceed warmup_epochs {self.warmup_epochs}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is greater than learning_rate")
         if not all(0 <= beta < 1 for beta in self.betas):
