@@ -56,7 +56,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`@pytest.mark.needs(root=True, programs=("ip", "tc"))`: skip with the reason, or under CI fail on a missing program."""
+    """`@pytest.mark.needs(root=True, programs=("ip", "tc"))`: skip and say why; a missing program fails in CI."""
     for marker in item.iter_markers("needs"):
         unknown = set(marker.kwargs) - {"root", "programs"}
         if marker.args or unknown:
@@ -66,7 +66,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         missing = [p for p in marker.kwargs.get("programs", ()) if shutil.which(p, path=path) is None]
         if missing and os.environ.get("CI") == "true":
-            pytest.fail(f"missing programs: {', '.join(missing)}; CI must install them (make system-deps)", pytrace=False)
+            pytest.fail(f"missing programs: {', '.join(missing)}; make system-deps", pytrace=False)
         if missing:
             pytest.skip(f"missing programs: {', '.join(missing)}; make system-deps")
 

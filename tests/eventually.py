@@ -65,7 +65,7 @@ class Child:
         return "\n".join(self.output().splitlines()[-num_lines:])
 
     def wait(self, timeout: float = 30.0) -> int:
-        """Return its exit code (negative: the signal that ended it); raise AssertionError with its output if it stays."""
+        """Its exit code, negative if a signal ended it; raise AssertionError with its output if it stays."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -17,7 +17,7 @@ def test_eventually_when_the_predicate_turns_true_returns_its_value() -> None:
 
 def test_eventually_when_it_stays_false_says_what_was_awaited_and_seen() -> None:
     with pytest.raises(AssertionError, match=r"not within 0\.05 s: three peers; last seen: \[\]"):
-        eventually(lambda: [], 0.05, "three peers")
+        eventually(list, 0.05, "three peers")
 
 
 def test_eventually_takes_a_failed_assert_as_not_yet() -> None:
@@ -40,7 +40,8 @@ def test_eventually_when_the_predicate_breaks_does_not_wait() -> None:
 
 def test_children_leave_no_process_behind_even_a_grandchild_that_ignores_sigterm(tmp_path: Path) -> None:
     grandchild = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
-    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {grandchild!r}]); print(p.pid); p.wait()"
+    start = f"subprocess.Popen([sys.executable, '-c', {grandchild!r}])"
+    parent = f"import subprocess, sys; p = {start}; print(p.pid); p.wait()"
     with Children(tmp_path) as children:
         child = children.start([sys.executable, "-u", "-c", parent])
         child.says("deaf")

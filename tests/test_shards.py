@@ -100,7 +100,7 @@ def test_changed_files_point_at_their_shards() -> None:
 
 
 def test_shards_in_reads_markers_and_not_strings() -> None:
-    source = "pytestmark = [pytest.mark.slow(shard=2)]\n@pytest.mark.slow(shard=1)\ndef test_it():\n  'mark.slow(shard=3)'"
+    source = "pytestmark = [pytest.mark.slow(shard=2)]\n@pytest.mark.slow(shard=1)\ndef f():\n  'mark.slow(shard=3)'"
     assert shards_in(source) == {1, 2}
 
 
