@@ -44,8 +44,6 @@ def _ask(folder: Path) -> PeerStatus | None:
 
 def _print_swarm(invite_text: str, *, as_json: bool) -> int:
     """Join as a client for a moment, read all reports, leave. Imports hivemind: a few seconds."""
-    import dataclasses
-
     from rich.console import Console
 
     from calm_ray.observe.table import render
@@ -74,7 +72,7 @@ def _print_swarm(invite_text: str, *, as_json: bool) -> int:
     )
     summary = summarise(reports, now=time.time(), limits=limits)
     if as_json:
-        print(json.dumps(dataclasses.asdict(summary), default=lambda value: value.model_dump(mode="json"), indent=2))
+        print(summary.model_dump_json(indent=2))
     else:
         Console().print(render(summary, run_id=run.run_id))
     return 0

@@ -1,6 +1,5 @@
 """A monitor: reads everyone's reports, keeps the feed, and writes checkpoints. Reading needs no model and no torch."""
 
-import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ def run(context: PeerContext) -> None:
             epoch = summary.epoch
             feed.append_all(rows_of(summary))
             checkpointer.on_summary(summary)
-            context.tell("watching", summary=dataclasses.asdict(summary), last_checkpoint=checkpointer.last_path)
+            context.tell("watching", summary=summary.model_dump(mode="json"), last_checkpoint=checkpointer.last_path)
 
 
 class Checkpointer:

@@ -39,6 +39,8 @@ LEAVE_SECONDS = 9.0
 FIRST_LEASE_SECONDS = 30.0
 MAX_RESTARTS = 10
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 2.0, 60.0
+MAX_EQUAL_FAILURES = 3
+"""The same unexpected error so often in a row will not get better by waiting: say it and stop."""
 FINAL_EXIT_CODES = frozenset({0, 2, 5})
 """Not restarted: finished, a mistake that only the user can mend (ConfigError), a version that does not fit."""
 
@@ -73,9 +75,16 @@ class Watchdog:
                 self._child.send_signal(signal.SIGTERM)
 
     def _run_until_left(self) -> int:
+        errors: list[str] = []
         while True:
             code = self._run_child()
-            if self._leave_at is not None or code in FINAL_EXIT_CODES or self._num_restarts >= MAX_RESTARTS:
+            errors.append(self.status.error)
+            is_hopeless = (
+                code in FINAL_EXIT_CODES
+                or self._num_restarts >= MAX_RESTARTS
+                or (code == 1 and errors[-MAX_EQUAL_FAILURES:] == [errors[-1]] * MAX_EQUAL_FAILURES)
+            )
+            if self._leave_at is not None or is_hopeless:
                 self._update(self.status.model_copy(update={"state": "left", "exit_code": code}))
                 return 0 if self._leave_at is not None else code
             self._num_restarts += 1
