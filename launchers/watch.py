@@ -1,7 +1,10 @@
 """Follow the run on the terminal: ask the monitor once a second, show the table, end at the last epoch's checkpoint."""
 
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +17,8 @@ from launchers.crew import Crew
 from launchers.organiser import OrganiserConfig
 
 POLL_SECONDS = 1.0
+ETA_EPOCHS = 10
+"""The time left is judged by so many last epochs."""
 
 
 def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
@@ -21,18 +26,22 @@ def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
     console = Console()
     own_peer_ids: set[str] = set()
     progress_at, last_epoch = time.monotonic(), -1
+    boundaries: deque[tuple[int, float]] = deque(maxlen=ETA_EPOCHS)
     with Live(console=console, refresh_per_second=4, transient=False) as live:
         while True:
             own_peer_ids |= _check_members(crew)
             status = crew.status(crew.of_role("monitor")[0])
             if status.summary is not None:
                 summary = SwarmSummary.model_validate(status.summary)
-                if summary.epoch != last_epoch:
+                is_new_epoch = summary.epoch > last_epoch
+                if is_new_epoch:
                     progress_at, last_epoch = time.monotonic(), summary.epoch
-                    if not console.is_terminal:
-                        print(plain_line(summary), flush=True)
+                    boundaries.append((last_epoch, progress_at))
+                summary = with_measured_eta(summary, boundaries)
                 if console.is_terminal:
                     live.update(render(summary, run_id=config.run.run_id, own_peer_ids=frozenset(own_peer_ids)))
+                elif is_new_epoch:
+                    print(plain_line(summary), flush=True)
                 if (checkpoint := _final_checkpoint(status, num_epochs=config.run.num_epochs)) is not None:
                     return checkpoint
             stalled_for = time.monotonic() - progress_at
@@ -42,6 +51,21 @@ def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
                     + ", ".join(str(member.folder / "peer.log") for member in crew.members)
                 )
             time.sleep(POLL_SECONDS)
+
+
+def with_measured_eta(summary: SwarmSummary, boundaries: Sequence[tuple[int, float]]) -> SwarmSummary:
+    """Replace the estimate of the time left by what epochs really took: the rate knows nothing of averaging.
+
+    `boundaries`: (epoch, when it began) of the last epochs. Unchanged until two are known.
+    """
+    durations = [
+        (later - earlier) / (epoch - before)
+        for (before, earlier), (epoch, later) in zip(boundaries, list(boundaries)[1:], strict=False)
+    ]
+    if not durations:
+        return summary
+    remaining = max(0, summary.num_epochs - summary.epoch)
+    return summary.model_copy(update={"seconds_to_end": remaining * median(durations)})
 
 
 def _check_members(crew: Crew) -> set[str]:

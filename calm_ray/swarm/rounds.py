@@ -148,9 +148,10 @@ class SwarmOptimizer(hivemind.Optimizer):
             logger.warning("round epoch=%d outcome=failed reason=%r", self.local_epoch, exc)
             return
         self.rounds.last_group_size = verdict.group_size
-        if not verdict.is_finite:
-            self._should_skip_step = True
         outcome = _outcome(verdict)
+        # A group that fell apart: we and an auxiliary peer, while others train. Our gradient alone is not the swarm's.
+        is_cut_off = outcome == "alone" and self.tracker.global_progress.num_peers > 1
+        self._should_skip_step = is_cut_off or outcome == "nonfinite"
         if verdict.is_whole:
             self.rounds.samples_averaged += self._samples_at_stake
         self._count(outcome)
