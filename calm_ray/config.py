@@ -166,8 +166,8 @@ def _reject_unknown_tables(document: Mapping[str, Any], path: Path) -> None:
 def _describe(exc: ValidationError, model: type[BaseModel]) -> str:
     """One line for the first mistake, with the key's path and what is allowed; the rest only counted."""
     errors = exc.errors(include_url=False)
-    # One slip can show up twice. A list whose only item is wrong is also too short. A mistyped key is unknown and, under
-    # its right name, missing: the user sees the unknown one in the file.
+    # One slip can show up twice. A list whose only item is wrong is also too short. A mistyped key is unknown, and is
+    # missing under its right name: the user sees the unknown one in the file.
     errors = [e for e in errors if e["type"] != "too_short" or not any(_lies_below(o, e) for o in errors)]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     if first["type"] == "extra_forbidden":
