@@ -122,7 +122,7 @@ def _lamb_class() -> Callable[..., Optimizer]:
     """Import late: a run with AdamW need not have the package."""
     from pytorch_optimizer import Lamb
 
-    class StableLamb(Lamb):  # type: ignore[misc,valid-type]
+    class StableLamb(Lamb):
         """LAMB whose state has the same shape after every step.
 
         The package keeps its last norms and ratio in the state, now as tensors, now as floats. State goes to

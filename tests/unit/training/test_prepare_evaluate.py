@@ -70,6 +70,13 @@ def test_parts_take_a_tokenizer_from_a_path(tiny_run: RunTable, bundle_dir: Path
     assert load_bundle_tokenizer(tmp_path)[0].get_vocab() == load_bundle_tokenizer(bundle_dir)[0].get_vocab()
 
 
+def test_parts_when_the_hub_cannot_be_reached_name_the_tokenizer(tiny_run: RunTable, tmp_path: Path) -> None:
+    values = tiny_run.model_dump()
+    values["tokenizer"] = {"source": "hub", "hub_id": "calm-ray-tests/is-not-there"}
+    with pytest.raises(ConfigError, match=r"tokenizer\.hub_id 'calm-ray-tests/is-not-there': cannot be downloaded"):
+        write_parts(RunTable.model_validate(values), config_dir=tmp_path, out_dir=tmp_path)
+
+
 def test_load_bundle_run_from_another_folder_says_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"name the folder that holds run\.json"):
         load_bundle_run(tmp_path)
@@ -100,11 +107,9 @@ def test_evaluation_sees_only_held_out_documents(tiny_run: RunTable, bundle_dir:
     batches = held_out_batches(
         tiny_run, tokenizer, special_ids=special_ids, bundle_dir=bundle_dir, data_root=tmp_path, num_sequences=64
     )
-    held_out = " ".join(
-        tokenizer.decode(tokenizer(d)["input_ids"], skip_special_tokens=True)
-        for d in text
-        if is_held_out(d, fraction=0.2)
-    )
+    documents = [document for document in text if is_held_out(document, fraction=0.2)]
+    decoded = tokenizer.batch_decode([tokenizer(d)["input_ids"] for d in documents], skip_special_tokens=True)
+    held_out = " ".join(map(str, decoded))
     for batch in batches:
         original = torch.where(batch.labels >= 0, batch.labels, batch.input_ids)
         for ids, types in zip(original.tolist(), batch.token_type_ids.tolist(), strict=True):

@@ -92,3 +92,13 @@ def test_check_tokenizer_with_one_token_in_two_roles_raises(trained: PreTrainedT
     )
     with pytest.raises(ConfigError, match="same token"):
         check_tokenizer(double, vocab_size=1000, where="here")
+
+
+def test_load_tokenizer_of_the_wordpiece_kind_from_its_vocabulary_keeps_words_together(tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "train", "##ing", "together"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert check_tokenizer(tokenizer, vocab_size=len(pieces), where="here").mask == 4
+    encoded = tokenizer.backend_tokenizer.encode("training together", add_special_tokens=False)
+    assert (encoded.ids, encoded.word_ids) == ([5, 6, 7], [0, 0, 1])
