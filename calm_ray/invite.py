@@ -1,7 +1,7 @@
-"""An invite: one short line that a volunteer pastes. It names the swarm and the key to trust; the run bundle has the rest.
+"""An invite: one short line that a volunteer pastes. It names the swarm and the key to trust; the bundle has the rest.
 
-Text form: `calm1-` and base64url of a compact JSON list, followed by 4 bytes of its SHA-256, so that a line cut short by
-a chat program or a terminal is told apart from a wrong one.
+Text form: `calm1-` and base64url of a compact JSON list, followed by 4 bytes of its SHA-256, so that a line cut short
+by a chat program or a terminal is told apart from a wrong one.
 """
 
 import base64
@@ -17,7 +17,9 @@ from calm_ray.signing import PUBLIC_KEY_BYTES
 PREFIX = "calm1-"
 MAX_ADDRESSES = 16
 _RUN_ID = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
-_ADDRESS = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253}/(tcp|udp)/\d{1,5}(/[a-z0-9-]+)*/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}$")
+_ADDRESS = re.compile(
+    r"^/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253}/(tcp|udp)/\d{1,5}(/[a-z0-9-]+)*/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class Invite:
 
     def encode(self) -> str:
         """The line to paste."""
-        payload = json.dumps([self.run_id, list(self.addresses), self.organiser_key.hex()], separators=(",", ":")).encode()
+        content = [self.run_id, list(self.addresses), self.organiser_key.hex()]
+        payload = json.dumps(content, separators=(",", ":")).encode()
         return PREFIX + base64.urlsafe_b64encode(payload + _checksum(payload)).decode().rstrip("=")
 
 
@@ -40,7 +43,7 @@ def decode_invite(text: str) -> Invite:
     """Parse a pasted invite; raise ConfigError that says what is wrong with it."""
     text = "".join(text.split())
     if not text.startswith(PREFIX):
-        raise ConfigError(f"invite: must start with `{PREFIX}`, got `{text[:12]}`; copy the whole line from the organiser")
+        raise ConfigError(f"invite: must start with `{PREFIX}`, got `{text[:12]}`; copy the organiser's whole line")
     body = text[len(PREFIX) :]
     try:
         raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)

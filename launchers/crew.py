@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from calm_ray.actors.peer_actor import PeerActor, read_bundle
+from calm_ray.actors.peer_actor import peer_actor, read_bundle
 from calm_ray.errors import CalmRayError
 from calm_ray.invite import Invite
 from calm_ray.peers.spec import CheckpointSpec, PeerSpec
@@ -79,8 +79,10 @@ class Crew:
             peer=self._config.peer.model_copy(update={"name": ""}), reach="public", checkpoints=checkpoints,
             linger_seconds=3600,  # the job says when the last checkpoint is written
         )  # fmt: skip
-        actor = PeerActor.options(name=f"{self._config.run.run_id}/{name}", num_gpus=num_gpus).remote(
-            spec.model_dump_json(), bundle=bundle
+        actor = (
+            peer_actor()
+            .options(name=f"{self._config.run.run_id}/{name}", num_gpus=num_gpus)
+            .remote(spec.model_dump_json(), bundle=bundle)
         )
         self.members.append(Member(name=name, role=role, actor=actor, folder=folder))
         _get(actor.start.remote(), what=name, seconds=START_SECONDS)
@@ -98,7 +100,8 @@ class Crew:
 
     def status(self, member: Member) -> PeerStatus:
         """What `member` says; CalmRayError if its actor is gone."""
-        return PeerStatus.model_validate_json(_get(member.actor.status.remote(), what=member.name, seconds=CALL_SECONDS))
+        answer = _get(member.actor.status.remote(), what=member.name, seconds=CALL_SECONDS)
+        return PeerStatus.model_validate_json(answer)
 
     def of_role(self, role: Role) -> list[Member]:
         return [member for member in self.members if member.role == role]

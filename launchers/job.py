@@ -7,6 +7,7 @@ On a laptop it starts a Ray of its own; under `ray job submit` it uses the clust
 """
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -47,7 +48,7 @@ def _print_config(argv: Sequence[str]) -> int:
 def _run_job(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="launchers.job", description="Bring up a run's own peers and watch them.")
     parser.add_argument("config", type=Path, help="a run's TOML file, such as runs/demo.toml")
-    parser.add_argument("--out", type=Path, help="output folder (default: out/RUN_ID); the one before is kept as .previous")
+    parser.add_argument("--out", type=Path, help="output folder (default: out/RUN_ID)")
     args = parser.parse_args(argv)
     config = load_organiser(args.config)
     out = (args.out or Path("out") / config.run.run_id).resolve()
@@ -78,7 +79,7 @@ def _prepare(config_path: Path, out: Path) -> None:
         install = ""
     done = subprocess.run(
         [sys.executable, "-m", "launchers.prepare", str(config_path), str(out), install],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["launchers.prepare failed and said nothing"]
@@ -94,11 +95,12 @@ def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
     from launchers.watch import watch
 
     before = evaluate(out / "checkpoints" / "epoch-00000000", out / "bundle")
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
+        signal.signal(number, _as_interrupt)
     address = os.environ.get("RAY_ADDRESS")
     ray.init(
-        address=address or "local", namespace="calm-ray", log_to_driver=False, logging_level="ERROR",
-        **({} if address else {"include_dashboard": False}),
+        address=address or "local", namespace="calm-ray", log_to_driver=False, logging_level=logging.ERROR,
+        include_dashboard=None if address else False,
     )  # fmt: skip
     try:
         crew = Crew(config, out=out)
@@ -118,7 +120,7 @@ def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
     return 0
 
 
-def _as_interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+def _as_interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""`[organiser.*]`: what never leaves the organiser. Registered here, at the composition root; peers do not know these types."""
+"""`[organiser.*]`: what never leaves the organiser. Peers do not know these types."""
 
 from pathlib import Path
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calm_ray.bundle import seal_bundle
 from calm_ray.checkpoint.write import write_checkpoint
+
+from calm_ray.bundle import seal_bundle
 from calm_ray.errors import CalmRayError
 from calm_ray.signing import load_or_create_key
 from calm_ray.training.model import build_model, parameter_names

@@ -1,4 +1,4 @@
-"""What the run was worth: the written checkpoint on held-out text, before and after, beside two marks that need no model."""
+"""What the run was worth: the written checkpoint on held-out text, before and after, beside two plain marks."""
 
 import json
 import subprocess
@@ -19,7 +19,8 @@ def evaluate(checkpoint: Path, bundle: Path) -> dict[str, Any]:
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise CalmRayError(f"evaluation of {checkpoint} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        last_line = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise CalmRayError(f"evaluation of {checkpoint} failed: {last_line}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -29,7 +30,9 @@ def print_verdict(*, before: dict[str, Any], after: dict[str, Any], checkpoint: 
     console = Console()
     start, unigram = before["ln_vocab_size"], before["unigram_loss"]
     closed = (start - after["mean_mlm_loss"]) / (start - unigram)
-    table = Table(title=f"Held-out text: {after['num_sequences']} sequences, {after['num_masked_tokens']} masked tokens")
+    table = Table(
+        title=f"Held-out text: {after['num_sequences']} sequences, {after['num_masked_tokens']} masked tokens"
+    )
     for name in ("", "before", "after"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("MLM loss", f"{before['mean_mlm_loss']:.3f}", f"{after['mean_mlm_loss']:.3f}")

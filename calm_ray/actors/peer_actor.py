@@ -5,6 +5,7 @@ The actor is a thin shell. hivemind forks, and a Ray worker holds gRPC threads: 
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -12,7 +13,6 @@ from calm_ray.peers.handle import PeerHandle
 from calm_ray.peers.spec import PeerSpec
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
 class PeerActor:
     """Start it with `start`, ask with `status`, end it with `stop`. Everything crosses as JSON."""
 
@@ -44,6 +44,11 @@ class PeerActor:
     def stop(self) -> int:
         """Leave and wait; the exit code."""
         return self._handle.stop()
+
+
+def peer_actor() -> Any:
+    """The Ray actor class of `PeerActor`: no CPU of its own, never restarted by Ray (one owner for each restart)."""
+    return ray.remote(num_cpus=0, max_restarts=0)(PeerActor)
 
 
 def read_bundle(folder: Path) -> dict[str, bytes]:

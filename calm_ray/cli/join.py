@@ -29,6 +29,7 @@ def join(invite_text: str, *, config: Path | None, folder: Path | None, name: st
     print(f"Log: {folder / 'peer.log'}", flush=True)
     spec = PeerSpec(role="trainer", folder=folder, invite=invite_text, peer=peer, reach=reach)
     narrator = Narrator(started_at=time.time())
+    print("Starting; the first time, loading torch and hivemind can take half a minute.", flush=True)
     watchdog = Watchdog(spec, on_status=narrator)
     code = watchdog.run()
     if watchdog.status.error:
@@ -49,7 +50,7 @@ class Narrator:
 
     def __call__(self, status: PeerStatus) -> None:
         now = (status.state, status.detail)
-        if now != self._last and status.state not in ("left",):
+        if now != self._last and status.state != "left":
             self._last = now
             self._say(f"{status.state}{': ' + status.detail if status.detail else ''}")
         if status.report is not None:
@@ -61,9 +62,9 @@ class Narrator:
         if record is not None and record.epoch > self._last_epoch:
             self._last_epoch = record.epoch
             self._say(
-                f"epoch {record.epoch + 1} done, {record.num_samples} samples from you, MLM loss {record.mlm_mean_loss:.3f}, "
-                f"SOP loss {record.sop_mean_loss:.3f}, {report.samples_per_second:.1f} samples/s, "
-                f"averaged with {max(0, report.last_group_size - 1)} others"
+                f"epoch {record.epoch + 1} done, {record.num_samples} samples from you, "
+                f"MLM loss {record.mlm_mean_loss:.3f}, SOP loss {record.sop_mean_loss:.3f}, "
+                f"{report.samples_per_second:.1f} samples/s, averaged with {max(0, report.last_group_size - 1)} others"
             )
 
     def _say(self, text: str) -> None:

@@ -38,11 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     join.add_argument("--folder", type=Path, help="identity, log and run bundle (default: one per run, in your home)")
     join.add_argument("--name", help="how the run's page thanks you")
     reach = join.add_mutually_exclusive_group()
-    reach.add_argument("--public", action="store_true", help="others can reach this machine: do not ask, be a full peer")
+    reach.add_argument("--public", action="store_true", help="others can reach this machine: do not ask")
     reach.add_argument("--client-mode", action="store_true", help="never accept connections from others")
     join.set_defaults(command=_join)
 
-    peer = commands.add_parser("peer", help="run one peer of any role under its watchdog (what actors and services call)")
+    peer = commands.add_parser("peer", help="run one peer of any role under its watchdog")
     peer.add_argument("--spec", help="the peer as JSON (overrides everything else)")
     peer.add_argument("--role", choices=("trainer", "auxiliary", "monitor"), default="trainer")
     peer.add_argument("--folder", type=Path, help="identity, log and run bundle of this peer")
@@ -70,8 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _join(args: argparse.Namespace) -> int:
     from calm_ray.cli.join import join
+    from calm_ray.peers.spec import Reach
 
-    reach = "public" if args.public else "client" if args.client_mode else "auto"
+    reach: Reach = "public" if args.public else "client" if args.client_mode else "auto"
     return join(args.invite, config=args.config, folder=args.folder, name=args.name, reach=reach)
 
 

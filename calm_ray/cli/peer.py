@@ -13,6 +13,8 @@ from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
 from calm_ray.peers.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
 
 def run_peer(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -50,4 +52,4 @@ class _Printer:
         now = (status.state, status.detail)
         if now != self._last:
             self._last = now
-            logging.info("state=%s %s", status.state, status.detail)
+            logger.info("state=%s %s", status.state, status.detail)

@@ -1,4 +1,4 @@
-"""The process that does a peer's work: `python -m calm_ray.peers.child STATUS_FD SPEC_JSON`, started by the watchdog only.
+"""The process that does a peer's work: `python -m calm_ray.peers.child STATUS_FD SPEC_JSON`, which the watchdog calls.
 
 SIGTERM asks it to leave. If a round or a download keeps it longer than GRACE_SECONDS it leaves without goodbye: its
 groupmates then treat it like a peer whose line was cut.
@@ -15,6 +15,8 @@ from calm_ray.errors import CalmRayError
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.spec import PeerSpec
 
+logger = logging.getLogger(__name__)
+
 GRACE_SECONDS = 6.0
 NUM_FILES = 16384
 """CALM's README: the default of 1024 ends in "too many open files" once a swarm has some dozens of peers."""
@@ -28,11 +30,11 @@ def main(status_fd: int, spec: PeerSpec) -> int:
     try:
         _run_role(context)
     except CalmRayError as exc:
-        logging.error("%s", exc)
+        logger.error("%s", exc)
         context.fail(str(exc))
         return exc.exit_code
     except Exception as exc:
-        logging.exception("unexpected")
+        logger.exception("unexpected")
         context.fail(f"{type(exc).__name__}: {exc} (this is a bug: please send us {spec.log_path})")
         return 1
     finally:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from calm_ray.config import RunTable
 from calm_ray.swarm.rounds import StepRules
 from calm_ray.training.model import build_model, parameter_groups
@@ -22,7 +24,8 @@ class Learner:
 
 def make_learner(run: RunTable, bundle: Path, *, device: str) -> Learner:
     """Build the run's model with its initial weights on `device`."""
-    model = build_model(load_bundle_model_config(bundle), seed=run.model.init_seed).to(device)
+    model = build_model(load_bundle_model_config(bundle), seed=run.model.init_seed)
+    nn.Module.to(model, device)
     return Learner(
         model=model,
         param_groups=parameter_groups(model, run.optimizer),

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 from calm_ray.errors import CalmRayError, SwarmUnreachable
 from calm_ray.observe.feed import Feed
@@ -55,7 +55,7 @@ class Checkpointer:
         self._last_epoch = 0
         self.last_path = ""
 
-    def __enter__(self) -> "Checkpointer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

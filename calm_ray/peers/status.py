@@ -1,4 +1,4 @@
-"""What a peer says about itself to the machine it runs on: one JSON line at a time, child to watchdog to whoever asks."""
+"""What a peer says about itself on its machine: one JSON line at a time, child to watchdog to whoever asks."""
 
 from typing import Any
 

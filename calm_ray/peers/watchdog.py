@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -90,13 +90,11 @@ class Watchdog:
             self._num_restarts += 1
             pause = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (self._num_restarts - 1)) * random.uniform(0.5, 1.0)
             reason = self.status.error or f"the process ended with code {code}"
+            detail = f"{reason}; trying again in {pause:.0f} s, log: {self._spec.log_path}"
             self._update(
-                PeerStatus(
-                    role=self._spec.role, state="restarting", num_restarts=self._num_restarts,
-                    detail=f"{reason}; trying again in {pause:.0f} s, log: {self._spec.log_path}",
-                )  # fmt: skip
+                PeerStatus(role=self._spec.role, state="restarting", detail=detail, num_restarts=self._num_restarts)
             )
-            self._serve(until=lambda deadline=time.monotonic() + pause: time.monotonic() >= deadline or self._leave_at)
+            self._pause(pause)
             if self._leave_at is not None:
                 return 0
 
@@ -113,7 +111,7 @@ class Watchdog:
         status_file = os.fdopen(read_end, "rb")
         lines = _LineBuffer()
         self._register(child.stdout, lambda data: self._log.write(data))
-        self._register(status_file, lambda data: [self._on_line(line) for line in lines.feed(data)])
+        self._register(status_file, lambda data: self._on_lines(lines.feed(data)))
         try:
             self._serve(until=lambda: child.poll() is not None)
         finally:
@@ -123,6 +121,10 @@ class Watchdog:
                 self._drain(file)
                 file.close()
         return child.returncode
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self._serve(until=lambda: time.monotonic() >= deadline or self._leave_at)
 
     def _serve(self, *, until: Callable[[], object]) -> None:
         """Handle output, status, control requests and deadlines until `until()`."""
@@ -159,11 +161,14 @@ class Watchdog:
             if file.fileno() in self._selector.get_map():
                 self._selector.unregister(file)
 
-    def _on_line(self, line: bytes) -> None:
-        try:
-            self._update(PeerStatus.model_validate_json(line).model_copy(update={"num_restarts": self._num_restarts}))
-        except ValidationError:
-            logger.exception("status line of the child is not one of ours")
+    def _on_lines(self, lines: Sequence[bytes]) -> None:
+        for line in lines:
+            try:
+                status = PeerStatus.model_validate_json(line)
+            except ValidationError:
+                logger.exception("status line of the child is not one of ours")
+            else:
+                self._update(status.model_copy(update={"num_restarts": self._num_restarts}))
 
     def _update(self, status: PeerStatus) -> None:
         self.status = status
@@ -172,7 +177,7 @@ class Watchdog:
     # --- control socket ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _listening(self):  # type: ignore[no-untyped-def]
+    def _listening(self) -> Iterator[None]:
         path = socket_path(self._spec.folder)
         path.unlink(missing_ok=True)  # we hold the folder's lock: whoever listened there is dead
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -242,7 +247,7 @@ class _LineBuffer:
 
 
 @contextlib.contextmanager
-def _exclusive(folder: Path):  # type: ignore[no-untyped-def]
+def _exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: two processes with one identity are undefined behaviour in libp2p."""
     with (folder / "lock").open("a+") as file:
         try:

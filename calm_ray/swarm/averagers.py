@@ -1,8 +1,8 @@
 """hivemind's averagers, made to tell how a round really went.
 
 Stock `step()` reports a full group even when 0 % of the data came back, and a total weight of zero turns every tensor
-into NaN. These subclasses return a verdict with the round and keep what is not finite out of our tensors. They carry the
-stock class names on purpose: names are part of hivemind's RPC handles, and peers with other names cannot average.
+into NaN. These subclasses return a verdict with the round and keep what is not finite out of our tensors. They carry
+the stock class names on purpose: names are part of hivemind's RPC handles, and peers with other names cannot average.
 """
 
 import logging
@@ -55,9 +55,9 @@ class _TruthfulRounds:
     async def _run_allreduce_inplace_(
         self, tensors: Sequence[torch.Tensor], group_info: GroupInfo, group_id: bytes | None = None, **kwargs: Any
     ) -> None:
-        """As stock (averager.py:537), with three differences: updates that are not finite are not applied; the runner is
-        asked how it went; and it is told the members' modes, which stock loses (averager.py:530), so that an auxiliary
-        peer reduces without uploading tensors of its own that count for nothing.
+        """As stock (averager.py:537), with three differences: updates that are not finite are not applied; the runner
+        is asked how it went; and it is told the members' modes, which stock loses (averager.py:530), so that an
+        auxiliary peer reduces without uploading tensors of its own that count for nothing.
         """
         group_id = group_info.group_id if group_id is None else group_id
         modes = tuple(AveragingMode(self.serializer.loads(entry)[1]) for entry in group_info.gathered)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """What auxiliary peers do for newcomers, by RPC: hand out the run bundle, and dial back to tell who can be reached.
 
 Messages are protobuf's own StringValue and BytesValue, so that there is no schema to compile. The dial-back connects a
-fresh libp2p daemon to the address that *we observed*, never to one that the caller names: nobody can point us at a third
-party. One at a time, and seldom for one address.
+fresh libp2p daemon to the address that *we observed*, never to one that the caller names: nobody can point us at a
+third party. One at a time, and seldom for one address.
 """
 
 import asyncio
@@ -11,7 +11,9 @@ import logging
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import AsyncIterator  # noqa: UP035: hivemind tells streams by typing's alias, and only by that
+
+# hivemind tells a stream by typing's alias, and only by that.
+from typing import AsyncIterator  # noqa: UP035
 
 from google.protobuf.wrappers_pb2 import BytesValue, StringValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
@@ -47,14 +49,20 @@ class Desk(ServicerBase):
         self._p2p = p2p
         await self.add_p2p_handlers(p2p, namespace=run_id)
 
-    async def rpc_part(self, request: StringValue, context: P2PContext) -> AsyncIterator[BytesValue]:
-        """Stream one part; an unknown name gives an empty stream."""
-        if request.value not in self._parts:
-            return
-        async with self._downloads:
-            with (self._bundle / request.value).open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    yield BytesValue(value=chunk)
+    async def rpc_part(self, requests: AsyncIterator[StringValue], context: P2PContext) -> AsyncIterator[BytesValue]:
+        """Stream the part that the one request names; an unknown name gives an empty stream.
+
+        The request is a stream so that we see its end. With a single message the caller's end-of-stream may reach our
+        daemon after we have hung up; it then resets the stream, and the caller loses what was still under way (one
+        download in some hundreds here).
+        """
+        async for request in requests:
+            if request.value not in self._parts:
+                continue
+            async with self._downloads:
+                with (self._bundle / request.value).open("rb") as file:
+                    while chunk := file.read(CHUNK_BYTES):
+                        yield BytesValue(value=chunk)
 
     async def rpc_dial_back(self, request: StringValue, context: P2PContext) -> StringValue:
         """Answer {"host": observed host, "is_reachable": bool, "reason": str} for the TCP port in `request`."""

@@ -1,7 +1,7 @@
 """Leave nothing behind: processes that hivemind forks must die with the process that forked them.
 
-hivemind forks a DHT process and one per averager; p2pd hangs below the DHT's. After SIGKILL or `os._exit` of their owner
-stock hivemind leaves them running, holding ports and pipes (`tests/integration/test_hygiene.py` shows both).
+hivemind forks a DHT process and one per averager; p2pd hangs below the DHT's. After SIGKILL or `os._exit` of their
+owner stock hivemind leaves them running, holding ports and pipes (`tests/integration/test_hygiene.py` shows it).
 """
 
 import ctypes

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import hivemind
 from hivemind.p2p import P2P, PeerID
@@ -41,7 +41,7 @@ class NodeOptions:
 
 
 class Swarm:
-    """Membership of one run's DHT. Use `join`; then `publish`, `snapshot`, `call` from any thread; `close` at the end."""
+    """Membership of one run's DHT: `join`; then `publish`, `snapshot`, `call` from any thread; `close` at the end."""
 
     def __init__(self, dht: hivemind.DHT, *, run_id: str, identity_path: Path) -> None:
         self.dht, self.run_id = dht, run_id
@@ -74,7 +74,7 @@ class Swarm:
         except P2PDaemonError as exc:
             if "already taken" in str(exc):
                 raise ConfigError(
-                    f"{options.identity_path}: another running peer uses this identity; stop it, or choose another folder"
+                    f"{options.identity_path}: another running peer has this identity; stop it, or take another folder"
                 ) from exc
             raise SwarmUnreachable(f"libp2p did not start on {options.listen}: {exc}") from exc
         except RuntimeError as exc:  # DHTNode.create: bootstrap peers answer on TCP but not as members of a DHT
@@ -108,7 +108,7 @@ class Swarm:
 
     def snapshot(self) -> list[tuple[str, bytes]]:
         """All reports that the DHT holds now, as (owner's peer id, bytes); what they say is not checked here."""
-        found = _result(self.dht.get(reports_key(self.run_id), latest=True, return_future=True))
+        found: Any = _result(self.dht.get(reports_key(self.run_id), latest=True, return_future=True))
         if found is None or not isinstance(found.value, dict):
             return []
         reports = []
@@ -129,7 +129,7 @@ class Swarm:
 
     def donors(self, prefix: str) -> list[PeerID]:
         """Peers that offer their training state under an averager's prefix, newest epoch first."""
-        found = _result(self.dht.get(f"{prefix}.all_averagers", latest=True, return_future=True))
+        found: Any = _result(self.dht.get(f"{prefix}.all_averagers", latest=True, return_future=True))
         if found is None or not isinstance(found.value, dict):
             return []
         priorities = {
@@ -160,7 +160,7 @@ def network_options(listen: str) -> dict[str, object]:
     return {"auto_nat": not is_local, "nat_port_map": not is_local}
 
 
-def _result(future: "hivemind.MPFuture[T]") -> T:
+def _result(future: Any) -> Any:
     """Wait for a DHT call, but never for ever: a killed DHT process would leave the caller hanging."""
     try:
         return future.result(timeout=CALL_TIMEOUT_SECONDS)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,19 +40,20 @@ class TrainingState:
 
 
 def download_state(
-    swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float
+    swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float, only_from: str | None = None
 ) -> TrainingState:
     """Ask donors in the order of their epochs; StateUnavailable with what each said if none gives a usable state.
 
-    `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor.
+    `only_from` names the one donor to ask. `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor.
     """
     problems = []
     for donor in swarm.donors(state_prefix(swarm.run_id)):
+        if only_from is not None and str(donor) != only_from:
+            continue
         try:
-            state = swarm.call(
-                lambda p2p, donor=donor: _download(p2p, donor, swarm.run_id, max_bytes), timeout_seconds=timeout_seconds
-            )
-        except Exception as exc:  # one donor's failure of any kind: ask the next
+            download = partial(_download, donor=donor, run_id=swarm.run_id, max_bytes=max_bytes)
+            state = swarm.call(download, timeout_seconds=timeout_seconds)
+        except Exception as exc:  # noqa: BLE001  one donor's failure of any kind: ask the next
             problems.append(f"{donor}: {str(exc) or type(exc).__name__}")
             continue
         if state.epoch >= min_epoch:
@@ -60,7 +62,7 @@ def download_state(
     raise StateUnavailable(f"no state of epoch {min_epoch} or later: {'; '.join(problems) or 'no peer offers one'}")
 
 
-async def _download(p2p: P2P, donor: PeerID, run_id: str, max_bytes: int) -> TrainingState:
+async def _download(p2p: P2P, *, donor: PeerID, run_id: str, max_bytes: int) -> TrainingState:
     stub = TrainingStateAverager.get_stub(p2p, donor, namespace=state_prefix(run_id))
     stream = aiter(await stub.rpc_download_state(averaging_pb2.DownloadRequest()))
     metadata: dict[str, Any] | None = None

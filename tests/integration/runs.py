@@ -63,8 +63,8 @@ listen = "/ip4/127.0.0.1/tcp/0"
 
 
 def write_config(
-    path: Path, *, run_id: str = "tiny", num_epochs: int = 1000, target_batch_size: int = 512, micro_batch_size: int = 8,
-    compression: str = "none", more: str = "",
+    path: Path, *, run_id: str = "tiny", num_epochs: int = 1000, target_batch_size: int = 512,
+    micro_batch_size: int = 8, compression: str = "none", more: str = "",
 ) -> Path:  # fmt: skip
     """Write a tiny run's TOML to `path`."""
     text = TINY.format(
@@ -131,9 +131,7 @@ def tiny_swarm(folder: Path, **values: Any) -> Iterator[TinySwarm]:
     try:
         swarm.start("auxiliary", role="auxiliary", bundle=bundle, wait_for="assisting")
         addresses = swarm.handles["auxiliary"].status().addresses
-        swarm.invite = Invite(
-            run_id=config.run.run_id, addresses=addresses, organiser_key=swarm.organiser_key
-        ).encode()
+        swarm.invite = Invite(run_id=config.run.run_id, addresses=addresses, organiser_key=swarm.organiser_key).encode()
         yield swarm
     finally:
         for handle in reversed(swarm.handles.values()):

@@ -3,17 +3,17 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from calm_ray.checkpoint.verify import verify_checkpoint
 from transformers import AlbertForPreTraining, AutoTokenizer
 
-from calm_ray.checkpoint.verify import verify_checkpoint
 from calm_ray.peers.spec import CheckpointSpec
 from calm_ray.report import SwarmSummary
 from calm_ray.swarm.node import NodeOptions, Swarm
-from calm_ray.swarm.rounds import state_prefix
 from calm_ray.swarm.state import download_state
 from tests.integration.runs import TinySwarm, tiny_swarm
 
@@ -75,11 +75,9 @@ def test_full_peers_differ_by_at_most_1e_6_at_an_epoch_boundary(finished: TinySw
         states = {}
         for name in ("first", "second"):
             peer_id = finished.handles[name].status().peer_id
-            reader.donors = lambda prefix, peer_id=peer_id: [  # type: ignore[method-assign]
-                donor for donor in Swarm.donors(reader, prefix) if str(donor) == peer_id
-            ]
-            assert reader.donors(state_prefix(reader.run_id)), f"{name} offers no state"
-            states[name] = download_state(reader, min_epoch=NUM_EPOCHS, max_bytes=1 << 26, timeout_seconds=30)
+            states[name] = download_state(
+                reader, min_epoch=NUM_EPOCHS, max_bytes=1 << 26, timeout_seconds=30, only_from=peer_id
+            )
     finally:
         reader.close()
     assert states["first"].epoch == states["second"].epoch == NUM_EPOCHS
@@ -98,9 +96,11 @@ def test_monitor_counts_everyone_and_writes_a_checkpoint_that_loads(finished: Ti
     assert not summary.dropped
     checkpoint = Path(status.last_checkpoint)
     verify_checkpoint(checkpoint)
-    model, info = AlbertForPreTraining.from_pretrained(checkpoint, output_loading_info=True)
+    loaded: Any = AlbertForPreTraining.from_pretrained(checkpoint, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokens = AutoTokenizer.from_pretrained(checkpoint)("a swarm", "trains", return_tensors="pt", return_token_type_ids=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens = tokenizer("a swarm", "trains", return_tensors="pt", return_token_type_ids=True)
     assert torch.isfinite(model(**tokens).prediction_logits).all()
 
 
