@@ -44,7 +44,8 @@ def download_state(
 ) -> TrainingState:
     """Ask donors in the order of their epochs; StateUnavailable with what each said if none gives a usable state.
 
-    `only_from` names the one donor to ask. `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor.
+    `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor. `only_from`
+    names the one donor to ask.
     """
     problems = []
     for donor in swarm.donors(state_prefix(swarm.run_id)):

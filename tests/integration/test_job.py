@@ -1,0 +1,80 @@
+"""The organiser's job end to end on a local Ray, with a volunteer from outside: what `make demo` does, small."""
+
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AlbertForPreTraining, AutoTokenizer
+
+from tests.eventually import Child, Children, eventually
+from tests.integration.runs import write_config
+
+RUN_SECONDS = 240.0
+ORGANISER = """
+[organiser.job]
+num_trainers = 2
+num_auxiliary = 1
+
+[organiser.checkpoint]
+every_epochs = 4
+keep_last = 2
+"""
+
+
+def _job(children: Children, config: Path, out: Path) -> Child:
+    return children.start([sys.executable, "-m", "launchers.job", config, "--out", out])
+
+
+def _ours(out: Path) -> list[psutil.Process]:
+    """Processes that belong to the run in `out`: peers name their folder on the command line."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(out) in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.timeout(400)
+def test_job_with_a_volunteer_ends_with_a_checkpoint_that_loads_and_nothing_left(
+    tmp_path: Path, children: Children
+) -> None:
+    config = write_config(tmp_path / "run.toml", run_id="job", num_epochs=12, more=ORGANISER)
+    out = tmp_path / "out"
+    job = _job(children, config, out)
+    job.says("calm-ray join calm1-", timeout=90)
+    invite = (out / "invite.txt").read_text().strip()
+    volunteer = children.start(
+        [sys.executable, "-m", "calm_ray", "join", invite, "--folder", tmp_path / "volunteer", "--name", "Amina"]
+    )
+    job.says("trainers=3", timeout=RUN_SECONDS)
+    volunteer.says("the first gradient from here is in the model", timeout=RUN_SECONDS)
+
+    assert job.wait(RUN_SECONDS) == 0, job.tail()
+    assert "MLM has gone" in job.output()
+    checkpoint = out / "checkpoints" / "epoch-00000012"
+    assert AlbertForPreTraining.from_pretrained(checkpoint).num_parameters() > 0
+    assert len(AutoTokenizer.from_pretrained(checkpoint)) > 200
+
+    assert volunteer.wait(60) == 0, volunteer.tail()
+    assert "Thank you!" in volunteer.output()
+    assert "Traceback" not in job.output() + volunteer.output()
+    eventually(lambda: not _ours(out), 15, lambda: f"left: {_ours(out)}")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_job_that_ends_early_takes_its_peers_with_it(tmp_path: Path, children: Children, number: int) -> None:
+    config = write_config(tmp_path / "run.toml", run_id="ended", more=ORGANISER)
+    out = tmp_path / "out"
+    job = _job(children, config, out)
+    job.says("calm-ray join calm1-", timeout=90)
+    eventually(lambda: len(_ours(out)) > 8, 60, lambda: f"peers: {_ours(out)}")
+    job.process.send_signal(number)
+    job.wait(40)
+    eventually(lambda: not _ours(out), 30, lambda: f"left: {_ours(out)}")
+    assert "Traceback" not in job.output()
