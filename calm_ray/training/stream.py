@@ -9,6 +9,7 @@ from typing import Self
 from transformers import PreTrainedTokenizerFast
 
 from calm_ray.config import RunTable
+from calm_ray.errors import ConfigError
 from calm_ray.tables import DataTable
 from calm_ray.training.batch import Batch
 from calm_ray.training.data import training_documents
@@ -21,6 +22,9 @@ DOCUMENTS_AT_A_TIME = 64
 """Tokenised in one call, and their examples shuffled: neighbours in a document are not neighbours in a batch."""
 
 PREFETCHED_BATCHES = 4
+
+MAX_BARREN_CALLS = 100
+"""A corpus of fragments would otherwise be read for ever without a word."""
 
 
 class TrainingBatches:
@@ -77,8 +81,15 @@ class TrainingBatches:
         pool: list[Example] = []
         while True:
             length = sequence_length_at(self._epoch, table=self._data)
+            num_barren = 0
             while len(pool) < batch_size:
+                if num_barren == MAX_BARREN_CALLS:
+                    raise ConfigError(
+                        f"data.sources: {num_barren * DOCUMENTS_AT_A_TIME} documents in a row gave no example; each is "
+                        "shorter than 8 tokens or a single word: check `layout` and `text_field`"
+                    )
                 fresh = maker.examples(list(islice(documents, DOCUMENTS_AT_A_TIME)), sequence_length=length)
+                num_barren = 0 if fresh else num_barren + 1
                 rng.shuffle(fresh)
                 pool += fresh
             yield masker.batch(pool[:batch_size], max_length=self._data.sequence_length)

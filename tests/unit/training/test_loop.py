@@ -9,6 +9,7 @@ import torch
 from transformers import AlbertForPreTraining, PreTrainedTokenizerFast
 
 from calm_ray.config import RunTable
+from calm_ray.errors import ConfigError
 from calm_ray.training.compute import Compute
 from calm_ray.training.loop import GROWTH_STEPS, GradientSource, LossScale
 from calm_ray.training.model import build_model, pretraining_losses
@@ -162,3 +163,24 @@ def test_stream_follows_the_sequence_length_warmup(
         batches.set_epoch(4)
         lengths = [next(batches).input_ids.shape[1] for _ in range(40)]
         assert lengths[-1] == 48
+
+
+def test_stream_of_fragments_says_so_instead_of_reading_for_ever(
+    tiny_run: RunTable, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, special_ids: SpecialIds
+) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"n{i}" for i in range(200)), encoding="utf-8")
+    values = tiny_run.model_dump()
+    values["data"]["sources"] = [{"kind": "files", "paths": ["a.txt"]}]
+    with (
+        TrainingBatches(
+            RunTable.model_validate(values),
+            bundle_dir=tmp_path,
+            data_root=tmp_path,
+            tokenizer=tokenizer,
+            special_ids=special_ids,
+            batch_size=8,
+            seed=0,
+        ) as batches,
+        pytest.raises(ConfigError, match=r"data\.sources: 6400 documents in a row gave no example"),
+    ):
+        next(batches)
