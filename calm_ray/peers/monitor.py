@@ -105,8 +105,10 @@ def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int) -> tup
     from calm_ray.checkpoint.write import write_checkpoint
     from calm_ray.swarm.state import download_state
     from calm_ray.training.model import build_model, parameter_names
+    from calm_ray.training.optim import learning_rate_at
     from calm_ray.training.prepare import load_bundle_model_config
 
+    run = context.run
     config = load_bundle_model_config(context.bundle)
     with torch.device("meta"):
         model = build_model(config, seed=0)
@@ -114,15 +116,21 @@ def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int) -> tup
     num_elements = sum(parameter.numel() for parameter in model.parameters())
     state = download_state(
         context.swarm, min_epoch=min_epoch, max_bytes=16 * num_elements + (64 << 20),
-        timeout_seconds=context.run.averaging.averaging_timeout_seconds + 60,
+        timeout_seconds=run.averaging.averaging_timeout_seconds + 60,
     )  # fmt: skip
     parameters: dict[str, Any] = dict(zip(names, state.tensors[: len(names)], strict=True))
     optimizer_tensors: Sequence[Any] = state.tensors[len(names) :]
+    facts = {
+        "samples": state.epoch * run.target_batch_size,
+        "learning_rate": learning_rate_at(state.epoch, table=run.optimizer),
+        "schedule": run.optimizer.model_dump(mode="json"),
+        "donor": state.donor,
+    }
     path = write_checkpoint(
-        spec.folder, epoch=state.epoch, run_id=context.run.run_id, config_hash=context.run.config_hash(),
+        spec.folder, epoch=state.epoch, run_id=run.run_id, config_hash=run.config_hash(),
         named_parameters=parameters, optimizer_tensors=optimizer_tensors,
         optimizer_metadata=state.optimizer_metadata, model_config=config.to_dict(),
-        tokenizer_dir=context.bundle / "tokenizer", keep_last=spec.keep_last,
+        tokenizer_dir=context.bundle / "tokenizer", keep_last=spec.keep_last, facts=facts,
     )  # fmt: skip
     logger.info("checkpoint epoch=%d donor=%s path=%s", state.epoch, state.donor, path)
     return state.epoch, str(path)
