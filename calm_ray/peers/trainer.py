@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from calm_ray.errors import CalmRayError
 from calm_ray.peers.auxiliary import round_counts
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.learner import make_learner
@@ -19,6 +20,13 @@ from calm_ray.training.stream import TrainingBatches
 logger = logging.getLogger(__name__)
 
 FIRST_FETCH_SECONDS = 10.0
+MAX_REFUSED_IN_A_ROW = 30
+"""An fp16 overflow now and then is normal while the loss scale settles."""
+NO_FULL_PEER_SECONDS = 1.0
+NO_FULL_PEER = (
+    "no full peer trains yet, only clients, whose state newcomers cannot get: waiting for one "
+    "(start a trainer with --public where others can reach it)"
+)
 
 
 class EpochTally:
@@ -70,18 +78,30 @@ class Trainer:
 
     def step(self) -> None:
         """One micro-batch; at the end of an epoch this takes as long as averaging does."""
+        if self.optimizer.awaits_full_peer:
+            self._wait_for_full_peer()
         epoch = self.optimizer.local_epoch
         if epoch != self._tally.epoch:
             self._tally = EpochTally(epoch)
         result = self._source.step(epoch=epoch)
         if not result.is_finite:
-            logger.warning("micro-batch dropped epoch=%d: loss or gradient is not finite", epoch)
+            if self._source.num_refused_in_a_row > MAX_REFUSED_IN_A_ROW:
+                raise CalmRayError(
+                    f"{self._source.num_refused_in_a_row} micro-batches in a row were not finite: this machine computes "
+                    'wrongly, or the model has diverged; try precision = "fp32" under [peer], then ask the organiser'
+                )
             return
         self._tally.add(result)
         self.optimizer.step(batch_size=result.num_samples)
         self.optimizer.zero_grad()
         if self.optimizer.local_epoch != epoch:
             self._on_epoch_end()
+
+    def _wait_for_full_peer(self) -> None:
+        while self.optimizer.awaits_full_peer and not self._context.stop.is_set():
+            self._context.tell("waiting", NO_FULL_PEER)
+            self._context.stop.wait(NO_FULL_PEER_SECONDS)
+        self._context.tell("training")
 
     def _on_epoch_end(self) -> None:
         self._last_record = self._tally.record()

@@ -49,20 +49,23 @@ class Desk(ServicerBase):
         self._p2p = p2p
         await self.add_p2p_handlers(p2p, namespace=run_id)
 
-    async def rpc_part(self, requests: AsyncIterator[StringValue], context: P2PContext) -> AsyncIterator[BytesValue]:
-        """Stream the part that the one request names; an unknown name gives an empty stream.
+    async def rpc_part(
+        self,
+        requests: AsyncIterator[StringValue],
+        context: P2PContext,  # noqa: ARG002  hivemind's signature
+    ) -> AsyncIterator[BytesValue]:
+        """Stream each part that is asked for, then an empty message; an unknown name gives only that.
 
-        The request is a stream so that we see its end. With a single message the caller's end-of-stream may reach our
-        daemon after we have hung up; it then resets the stream, and the caller loses what was still under way (one
-        download in some hundreds here).
+        The caller hangs up, never we: when a handler ends, libp2p's daemon closes the stream, stumbles over its other
+        half and resets it, and what was still under way is lost (one download in some hundreds on an idle machine).
         """
         async for request in requests:
-            if request.value not in self._parts:
-                continue
-            async with self._downloads:
-                with (self._bundle / request.value).open("rb") as file:
-                    while chunk := file.read(CHUNK_BYTES):
-                        yield BytesValue(value=chunk)
+            if request.value in self._parts:
+                async with self._downloads:
+                    with (self._bundle / request.value).open("rb") as file:
+                        while chunk := file.read(CHUNK_BYTES):
+                            yield BytesValue(value=chunk)
+            yield BytesValue()
 
     async def rpc_dial_back(self, request: StringValue, context: P2PContext) -> StringValue:
         """Answer {"host": observed host, "is_reachable": bool, "reason": str} for the TCP port in `request`."""

@@ -5,10 +5,12 @@ DHT node cannot change from client mode to full later, so the question is asked 
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 CHUNK_TIMEOUT_SECONDS = 20.0
 """A desk that sends nothing for this long is given up; the next one is asked for what is missing."""
 DIAL_BACK_TIMEOUT_SECONDS = 15.0
+BUSY, BUSY_TRIES, BUSY_PAUSE_SECONDS = "busy", 5, 4.0
+"""A desk dials one peer at a time. A peer that took "busy" for "not reachable" would be a client for its whole life."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ async def _receive(
     except P2PDaemonError as exc:
         raise SwarmUnreachable(f"{', '.join(peers)}: answers, but libp2p cannot connect: {exc}") from exc
     try:
-        desks = [parse_address(address).peer_id for address in peers]
+        desks = list(dict.fromkeys(parse_address(address).peer_id for address in peers))  # one may have two addresses
         await _fetch_bundle(p2p, desks, invite, folder, on_progress)
         port = next((a.port for a in map(parse_address, map(str, await p2p.get_visible_maddrs())) if a.is_tcp), 0)
         listen = listen.replace("/tcp/0", f"/tcp/{port}")
@@ -114,9 +118,7 @@ async def _fetch_bundle(
     raise SwarmUnreachable("no bootstrap peer could give us the run bundle: " + "; ".join(problems))
 
 
-async def _fetch_parts(
-    stub: object, manifest: Manifest, folder: Path, on_progress: Callable[[int, int], None]
-) -> None:
+async def _fetch_parts(stub: object, manifest: Manifest, folder: Path, on_progress: Callable[[int, int], None]) -> None:
     done, total = 0, manifest.total_bytes()
     for name, part in manifest.parts.items():
         path = folder / name
@@ -132,41 +134,58 @@ async def _fetch_parts(
 
 
 async def _download(stub: object, name: str, *, max_bytes: int) -> bytes:
-    stream = await asyncio.wait_for(stub.rpc_part(StringValue(value=name)), CHUNK_TIMEOUT_SECONDS)  # type: ignore[attr-defined]
+    async def requests() -> AsyncIterator[StringValue]:
+        yield StringValue(value=name)
+        await asyncio.Event().wait()  # until we hang up: see `Desk.rpc_part`
+
+    stream = await asyncio.wait_for(stub.rpc_part(requests()), CHUNK_TIMEOUT_SECONDS)  # type: ignore[attr-defined]
     data = bytearray()
-    iterator = aiter(stream)
-    while True:
-        try:
-            message = await asyncio.wait_for(anext(iterator), CHUNK_TIMEOUT_SECONDS)
-        except StopAsyncIteration:
-            return bytes(data)
-        data += message.value
-        if len(data) > max_bytes:
-            raise OSError(f"part {name} is longer than announced")
+    async with contextlib.aclosing(stream):
+        while True:
+            try:
+                message = await asyncio.wait_for(anext(stream), CHUNK_TIMEOUT_SECONDS)
+            except StopAsyncIteration:
+                raise OSError(f"part {name} broke off after {len(data)} bytes") from None
+            if not message.value:
+                return bytes(data)
+            data += message.value
+            if len(data) > max_bytes:
+                raise OSError(f"part {name} is longer than announced")
 
 
 async def _ask_for_dial_back(
     p2p: P2P, desks: Sequence[str], run_id: str, folder: Path, listen: str, port: int
 ) -> Reception:
-    reasons: list[str] = []
-    for desk in desks:
-        try:
-            stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=run_id)
-            reply = await stub.rpc_dial_back(StringValue(value=str(port)), timeout=DIAL_BACK_TIMEOUT_SECONDS)
-            answer = json.loads(reply.value)
-            is_reachable, reason = answer["is_reachable"] is True, str(answer["reason"])[:100]
-            host = str(ipaddress.ip_address(answer["host"])) if is_reachable else str(answer["host"])[:50]
-        except (P2PHandlerError, TimeoutError, OSError, ValueError, KeyError, TypeError) as exc:
-            reasons.append(str(exc) or type(exc).__name__)
-            continue
-        if is_reachable:
-            address = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
-            return Reception(
-                bundle=folder, listen=listen, announce=(address,), is_reachable=True,
-                verdict=f"others can reach this machine at {host}:{port}: full peer",
-            )  # fmt: skip
-        reasons.append(f"{reason} (seen as {host})")
+    problems: list[str] = []
+    for attempt in range(BUSY_TRIES):
+        if attempt:
+            await asyncio.sleep(BUSY_PAUSE_SECONDS * random.uniform(1.0, 2.0))
+        problems = []
+        for desk in desks:
+            host, problem = await _ask_desk(p2p, desk, run_id, port)
+            if not problem:
+                address = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
+                return Reception(
+                    bundle=folder, listen=listen, announce=(address,), is_reachable=True,
+                    verdict=f"others can reach this machine at {host}:{port}: full peer",
+                )  # fmt: skip
+            problems.append(f"{problem} (seen as {host})" if host else problem)
+        if not all(problem.startswith(BUSY) for problem in problems):
+            break
     return Reception(
         bundle=folder, listen=listen, announce=(), is_reachable=False,
-        verdict=f"others cannot reach this machine ({'; '.join(reasons)}): client mode, which is fine",
+        verdict=f"others cannot reach this machine ({'; '.join(problems)}): client mode, which is fine",
     )  # fmt: skip
+
+
+async def _ask_desk(p2p: P2P, desk: str, run_id: str, port: int) -> tuple[str, str]:
+    """(host that the desk sees us at, why it cannot reach us there); a desk's answer is a stranger's."""
+    try:
+        stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=run_id)
+        reply = await stub.rpc_dial_back(StringValue(value=str(port)), timeout=DIAL_BACK_TIMEOUT_SECONDS)
+        answer = json.loads(reply.value)
+        if answer["is_reachable"] is True:
+            return str(ipaddress.ip_address(answer["host"])), ""
+        return str(answer["host"])[:50], str(answer["reason"])[:100] or "no reason given"
+    except (P2PHandlerError, TimeoutError, OSError, ValueError, KeyError, TypeError) as exc:
+        return "", str(exc) or type(exc).__name__

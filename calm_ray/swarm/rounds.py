@@ -22,6 +22,7 @@ from calm_ray.errors import StateUnavailable
 from calm_ray.swarm.averagers import GradientAverager, RoundVerdict, TrainingStateAverager
 from calm_ray.swarm.codecs import gradient_codec
 from calm_ray.swarm.node import Swarm
+from calm_ray.swarm.progress import ProgressTracker
 from calm_ray.tables import AveragingTable
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ class RoundTally:
 
 class SwarmOptimizer(hivemind.Optimizer):
     """`step(batch_size=n)` after each micro-batch; blocks at epoch boundaries while the swarm averages."""
+
+    scheduled_grads: Any
+    """Stock's control of the next round, or None."""
 
     def __init__(
         self, swarm: Swarm, *, param_groups: Iterable[dict[str, Any]], rules: StepRules, averaging: AveragingTable,
@@ -111,6 +115,12 @@ class SwarmOptimizer(hivemind.Optimizer):
             **kwargs,
         )
 
+    def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> ProgressTracker:
+        return ProgressTracker(
+            self.dht, self.run_id, target_batch_size, client_mode=self.client_mode,
+            is_follower=self.client_mode or self.auxiliary, status_loglevel=self.status_loglevel, start=True, **kwargs,
+        )  # fmt: skip
+
     def _make_guarded_optimizer(self, param_groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         optimizer = self._rules.make_optimizer(param_groups)
         unguarded = optimizer.step
@@ -134,7 +144,10 @@ class SwarmOptimizer(hivemind.Optimizer):
         self._samples_at_stake = 0 if self.auxiliary else self.grad_averager.local_samples_accumulated
         began = bool(super()._begin_averaging_gradients(grad_scaler))
         if not began:
-            self._count("alone" if self.tracker.global_progress.num_peers <= 1 else "failed")
+            outcome = "alone" if self.tracker.global_progress.num_peers <= 1 else "failed"
+            self._should_skip_step = outcome == "failed"  # stock would step on our own gradient and leave the swarm
+            self._count(outcome)
+            logger.info("round epoch=%d outcome=%s reason='not begun'", self.local_epoch, outcome)
         return began
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: Any) -> None:
@@ -142,7 +155,7 @@ class SwarmOptimizer(hivemind.Optimizer):
         try:
             gathered = maybe_step_control.result(self.averaging_timeout)
             verdict: RoundVerdict = gathered.verdict
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  whatever ended the round, it did not average
             self._should_skip_step = True
             self._count("failed")
             logger.warning("round epoch=%d outcome=failed reason=%r", self.local_epoch, exc)
@@ -163,13 +176,18 @@ class SwarmOptimizer(hivemind.Optimizer):
         )  # fmt: skip
 
     def assist(self) -> None:
-        """An auxiliary peer's `step()`. One that missed a boundary follows the swarm; stock would average it once more."""
+        """An auxiliary peer's `step()`. One that missed a boundary follows; stock would average it once more."""
         if self.tracker.global_epoch > self.local_epoch:
             with self.tracker.pause_updates():
                 self.state_averager.local_epoch = self.tracker.global_epoch
                 self.tracker.update_epoch(self.tracker.global_epoch)
         else:
             self.step()
+
+    @property
+    def awaits_full_peer(self) -> bool:
+        """Whether we have done our part of the epoch, and no full peer is there to end it with."""
+        return self.tracker.awaits_full_peer and self.local_progress.samples_accumulated >= self.target_batch_size
 
     def wait_for_swarm(self, *, timeout_seconds: float) -> None:
         """Let the tracker read the swarm's progress once, so that `tracker.global_epoch` is more than our own guess."""
@@ -190,7 +208,7 @@ class SwarmOptimizer(hivemind.Optimizer):
                     time.sleep(STATE_PAUSE_SECONDS * attempt)  # donors may be averaging: give them time to finish
                 try:
                     self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
-                except Exception as exc:
+                except Exception as exc:  # noqa: BLE001  a donor's failure of any kind: try again
                     logger.warning("load_state failed: %r", exc)
                 if self.local_epoch >= self.tracker.global_epoch - 1:
                     break
