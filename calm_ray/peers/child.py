@@ -25,6 +25,7 @@ NUM_FILES = 16384
 def main(status_fd: int, spec: PeerSpec) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stdout)
     _raise_file_limit()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take cores that [peer] num_threads left free
     context = PeerContext(spec, status_fd=status_fd)
     _leave_on_sigterm(context.stop)
     try:

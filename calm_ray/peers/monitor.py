@@ -27,6 +27,7 @@ def run(context: PeerContext) -> None:
         max_age_seconds=max(10.0, 4 * table.report_seconds),
     )  # fmt: skip
     epoch = 0
+    previous: SwarmSummary | None = None
     context.report_with(lambda: {"epoch": epoch})
     context.tell("watching")
     with Feed(context.spec.feed_path) as feed, Checkpointer(context) as checkpointer:
@@ -38,7 +39,8 @@ def run(context: PeerContext) -> None:
                 continue
             summary = summarise(reports, now=time.time(), limits=limits)
             epoch = summary.epoch
-            feed.append_all(rows_of(summary))
+            feed.append_all(rows_of(summary, previous=previous))
+            previous = summary
             checkpointer.on_summary(summary)
             context.tell("watching", summary=summary.model_dump(mode="json"), last_checkpoint=checkpointer.last_path)
 

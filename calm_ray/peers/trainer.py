@@ -1,6 +1,7 @@
 """A trainer: computes gradients on its own stream of text and steps with the swarm."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from calm_ray.training.stream import TrainingBatches
 logger = logging.getLogger(__name__)
 
 FIRST_FETCH_SECONDS = 10.0
+COMPUTE_NICENESS = 10
 MAX_REFUSED_IN_A_ROW = 30
 """An fp16 overflow now and then is normal while the loss scale settles."""
 NO_FULL_PEER_SECONDS = 1.0
@@ -152,7 +154,9 @@ def run(context: PeerContext) -> None:
         context.swarm, param_groups=learner.param_groups, rules=learner.rules, averaging=table.averaging,
         target_batch_size=table.target_batch_size,
     )  # fmt: skip
-    # After hivemind's forks: from here on there are threads.
+    # After hivemind's forks: from here on there are threads, and computing gives way. Starved of CPU, the processes
+    # that find groups are late, and groups fall apart; and a volunteer's desktop stays usable.
+    os.nice(COMPUTE_NICENESS)
     tokenizer, special_ids = load_bundle_tokenizer(context.bundle)
     seed = stream_seed(peer_id=context.swarm.peer_id, boot_id=context.boot_id)
     with TrainingBatches(

@@ -143,6 +143,10 @@ class Swarm:
         return bool(self.dht.is_alive())
 
     def close(self) -> None:
+        if self._p2p is not None:
+            with contextlib.suppress(Exception):  # a daemon that died already has nothing to close
+                self._loop.run(self._p2p.shutdown(), timeout_seconds=2.0)
+            self._p2p = None
         self._loop.close()
         self.dht.shutdown()
 

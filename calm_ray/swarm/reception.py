@@ -16,7 +16,7 @@ from pathlib import Path
 
 from google.protobuf.wrappers_pb2 import StringValue
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
 
 from calm_ray.bundle import (
     MANIFEST,
@@ -40,8 +40,11 @@ logger = logging.getLogger(__name__)
 CHUNK_TIMEOUT_SECONDS = 20.0
 """A desk that sends nothing for this long is given up; the next one is asked for what is missing."""
 DIAL_BACK_TIMEOUT_SECONDS = 15.0
-BUSY, BUSY_TRIES, BUSY_PAUSE_SECONDS = "busy", 5, 4.0
+BUSY, BUSY_TRIES, BUSY_PAUSE_SECONDS = "busy", 8, 2.0
 """A desk dials one peer at a time. A peer that took "busy" for "not reachable" would be a client for its whole life."""
+
+_CALL_FAILURES = (P2PHandlerError, ControlFailure, TimeoutError, OSError)
+"""How a call to a desk can end without an answer. ControlFailure: no such handler there, or it cannot be dialled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +111,8 @@ async def _fetch_bundle(
             if manifest.run_id != invite.run_id:
                 raise ConfigError(f"run bundle: is for run {manifest.run_id!r}, the invite for {invite.run_id!r}")
             await _fetch_parts(stub, manifest, folder, on_progress)
-        except (P2PHandlerError, TimeoutError, OSError, asyncio.IncompleteReadError) as exc:
-            problems.append(f"{desk}: {str(exc) or type(exc).__name__}")
+        except (*_CALL_FAILURES, asyncio.IncompleteReadError) as exc:
+            problems.append(f"{desk}: {_words(exc)}")
             continue
         (folder / MANIFEST).write_bytes(data)
         (folder / SIGNATURE).write_bytes(signature)
@@ -187,5 +190,11 @@ async def _ask_desk(p2p: P2P, desk: str, run_id: str, port: int) -> tuple[str, s
         if answer["is_reachable"] is True:
             return str(ipaddress.ip_address(answer["host"])), ""
         return str(answer["host"])[:50], str(answer["reason"])[:100] or "no reason given"
-    except (P2PHandlerError, TimeoutError, OSError, ValueError, KeyError, TypeError) as exc:
-        return "", str(exc) or type(exc).__name__
+    except (*_CALL_FAILURES, ValueError, KeyError, TypeError) as exc:
+        return "", _words(exc)
+
+
+def _words(exc: Exception) -> str:
+    if "protocols not supported" in str(exc):
+        return "answers, but has no desk for this run"
+    return str(exc) or type(exc).__name__

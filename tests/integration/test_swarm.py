@@ -1,4 +1,4 @@
-"""A whole swarm of real processes: training, a late joiner, a client, equal parameters, a checkpoint, and leaving."""
+"""A whole swarm of real processes: training, a late joiner, a client, a checkpoint, leaving; and equal parameters."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,9 @@ from calm_ray.swarm.node import NodeOptions, Swarm
 from calm_ray.swarm.state import download_state
 from tests.integration.runs import TinySwarm, tiny_swarm
 
-NUM_EPOCHS = 14
+NUM_EPOCHS = 12
+STEADY = {"target_batch_size": 6000, "micro_batch_size": 24}
+"""Some seconds of computing per epoch: shorter ones end before hivemind can foresee them, and its groups fall apart."""
 EPOCH_SECONDS = 40.0
 """Far more than the three or four that an epoch takes here: CI's two cores may be busy."""
 
@@ -26,7 +28,7 @@ EPOCH_SECONDS = 40.0
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinySwarm]:
     """Two trainers start; at epoch 3 a full peer and a client join; all wait at the last epoch."""
     folder = tmp_path_factory.mktemp("swarm")
-    with tiny_swarm(folder, num_epochs=NUM_EPOCHS) as swarm:
+    with tiny_swarm(folder, num_epochs=NUM_EPOCHS, **STEADY) as swarm:
         spec = CheckpointSpec(folder=folder / "checkpoints", every_epochs=5, keep_last=2)
         swarm.start("monitor", role="monitor", reach="public", checkpoints=spec)
         for name in ("first", "second"):
@@ -65,28 +67,6 @@ def test_client_mode_trainer_contributes(finished: TinySwarm) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_full_peers_differ_by_at_most_1e_6_at_an_epoch_boundary(finished: TinySwarm, tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        finished.wait(name, lambda s: s.state == "waiting", NUM_EPOCHS * EPOCH_SECONDS)
-    boot = finished.handles["auxiliary"].status().addresses
-    options = NodeOptions(is_client_mode=True, listen="/ip4/127.0.0.1/tcp/0", identity_path=tmp_path / "id")
-    reader = Swarm.join(finished.config.run.run_id, initial_peers=boot, options=options)
-    try:
-        states = {}
-        for name in ("first", "second"):
-            peer_id = finished.handles[name].status().peer_id
-            states[name] = download_state(
-                reader, min_epoch=NUM_EPOCHS, max_bytes=1 << 26, timeout_seconds=30, only_from=peer_id
-            )
-    finally:
-        reader.close()
-    assert states["first"].epoch == states["second"].epoch == NUM_EPOCHS
-    num_parameters = len(states["first"].tensors) // 4  # AdamW: parameter, step, two moments
-    for a, b in zip(states["first"].tensors[:num_parameters], states["second"].tensors[:num_parameters], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-@pytest.mark.timeout(400)
 def test_monitor_counts_everyone_and_writes_a_checkpoint_that_loads(finished: TinySwarm) -> None:
     status = finished.wait(
         "monitor", lambda s: s.last_checkpoint.endswith(f"{NUM_EPOCHS:08d}"), NUM_EPOCHS * EPOCH_SECONDS
@@ -106,7 +86,7 @@ def test_monitor_counts_everyone_and_writes_a_checkpoint_that_loads(finished: Ti
 
 @pytest.mark.timeout(400)
 def test_every_peer_leaves_within_ten_seconds_and_leaves_nothing(finished: TinySwarm) -> None:
-    """Last in this file: it ends the swarm."""
+    """Last of those that share the swarm: it ends it."""
     trees = {
         name: [psutil.Process(handle.pid), *psutil.Process(handle.pid).children(recursive=True)]
         for name, handle in finished.handles.items()
@@ -115,5 +95,33 @@ def test_every_peer_leaves_within_ten_seconds_and_leaves_nothing(finished: TinyS
         started = time.monotonic()
         assert handle.stop() == 0, finished.log(name)[-2000:]
         assert time.monotonic() - started < 10
-    left = [p for tree in trees.values() for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    # torch_shm_manager is a daemon of torch's own; it ends by itself when the last tensor is let go.
+    _, left = psutil.wait_procs([p for tree in trees.values() for p in tree], timeout=5)
     assert not left
+
+
+@pytest.mark.timeout(300)
+def test_two_trainers_differ_by_at_most_1e_6_at_an_epoch_boundary(tmp_path: Path) -> None:
+    num_epochs = 4
+    with tiny_swarm(tmp_path, run_id="equal", num_epochs=num_epochs, **STEADY) as swarm:
+        for name in ("first", "second"):
+            swarm.start(name, role="trainer", reach="public")
+        for name in ("first", "second"):
+            swarm.wait(name, lambda s: s.state == "waiting", num_epochs * EPOCH_SECONDS)
+        options = NodeOptions(is_client_mode=True, listen="/ip4/127.0.0.1/tcp/0", identity_path=tmp_path / "id")
+        boot = swarm.handles["auxiliary"].status().addresses
+        reader = Swarm.join("equal", initial_peers=boot, options=options)
+        try:
+            first, second = (
+                download_state(
+                    reader, min_epoch=num_epochs, max_bytes=1 << 26, timeout_seconds=30,
+                    only_from=swarm.handles[name].status().peer_id,
+                )
+                for name in ("first", "second")
+            )  # fmt: skip
+        finally:
+            reader.close()
+    assert first.epoch == second.epoch == num_epochs
+    num_parameters = len(first.tensors) // 4  # AdamW: parameter, step, two moments
+    for a, b in zip(first.tensors[:num_parameters], second.tensors[:num_parameters], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
