@@ -9,8 +9,9 @@ peer. Made once: training a tokenizer twice gives two tokenizers, and Python's o
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
@@ -59,6 +60,8 @@ def seal_bundle(folder: Path, *, run: RunTable, key: Ed25519PrivateKey, install:
         for name in names
         if name not in (MANIFEST, SIGNATURE)
     }
+    if bad := _bad_names(parts):
+        raise ConfigError(f"{folder}: bad part name {bad[0]!r}; use letters, digits, dots, dashes and underscores")
     total = sum(part.size_bytes for part in parts.values())
     if total > MAX_BUNDLE_BYTES:
         raise ConfigError(
@@ -78,8 +81,8 @@ def check_manifest(data: bytes, *, signature: bytes, organiser_key: bytes) -> Ma
     """Verify and parse a manifest that came from a stranger."""
     if not is_signed_by(organiser_key, signature=signature, data=data):
         raise ConfigError("run bundle: not signed by the organiser of this invite; ask for a new invite")
-    manifest = parse_table(Manifest, json.loads(data), where="run bundle manifest")
-    bad = [name for name in manifest.parts if not _PART_NAME.match(name)]
+    manifest = parse_table(Manifest, _json(data, where="run bundle manifest"), where="run bundle manifest")
+    bad = _bad_names(manifest.parts)
     if bad or manifest.total_bytes() > MAX_BUNDLE_BYTES:
         raise ConfigError(f"run bundle manifest: {f'bad part name {bad[0]!r}' if bad else 'too large'}")
     if manifest.version.split(".")[:2] != __version__.split(".")[:2]:
@@ -102,19 +105,30 @@ def open_bundle(folder: Path, *, organiser_key: bytes | None = None) -> tuple[Ma
     except FileNotFoundError as exc:
         raise ConfigError(f"{folder}: not a run bundle, {Path(exc.filename).name} is missing") from None
     if organiser_key is None:
-        manifest = parse_table(Manifest, json.loads(data), where=f"{folder / MANIFEST}")
+        manifest = parse_table(Manifest, _json(data, where=f"{folder / MANIFEST}"), where=f"{folder / MANIFEST}")
     else:
         manifest = check_manifest(data, signature=signature, organiser_key=organiser_key)
     for name, part in manifest.parts.items():
         if not is_part_intact(folder / name, part):
             raise ConfigError(f"{folder / name}: missing or altered; delete the folder and fetch the bundle again")
-    run = parse_table(RunTable, json.loads((folder / RUN).read_bytes()), where=f"{folder / RUN}")
+    run = parse_table(RunTable, _json((folder / RUN).read_bytes(), where=f"{folder / RUN}"), where=f"{folder / RUN}")
     if run.config_hash() != manifest.config_hash:
         raise VersionMismatch(
             f"{folder / RUN}: this calm-ray {__version__} reads the run's settings differently than the organiser's "
             f"{manifest.version}; run: {manifest.install or 'pip install calm-ray==' + manifest.version}"
         )
     return manifest, run
+
+
+def _bad_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not _PART_NAME.fullmatch(name)]
+
+
+def _json(data: bytes, *, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{where}: not JSON; delete the folder and fetch the bundle again") from exc
 
 
 def _sha256(path: Path) -> str:

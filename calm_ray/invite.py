@@ -18,7 +18,7 @@ PREFIX = "calm1-"
 MAX_ADDRESSES = 16
 _RUN_ID = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
 _ADDRESS = re.compile(
-    r"^/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253}/(tcp|udp)/\d{1,5}(/[a-z0-9-]+)*/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}$"
+    r"^/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253}/(tcp|udp)/(?P<port>\d{1,5})(/[a-z0-9-]+)*/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}$"
 )
 
 
@@ -56,16 +56,21 @@ def decode_invite(text: str) -> Invite:
         run_id, addresses, key = json.loads(payload)
         invite = Invite(run_id=run_id, addresses=tuple(addresses), organiser_key=bytes.fromhex(key))
         valid = (
-            _RUN_ID.match(invite.run_id)
+            _RUN_ID.fullmatch(invite.run_id)
             and 1 <= len(invite.addresses) <= MAX_ADDRESSES
-            and all(_ADDRESS.match(address) for address in invite.addresses)
+            and all(_is_address(address) for address in invite.addresses)
             and len(invite.organiser_key) == PUBLIC_KEY_BYTES
         )
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         valid = None
     if not valid:
         raise ConfigError("invite: its content is not one of ours; ask the organiser for a new one")
     return invite
+
+
+def _is_address(text: str) -> bool:
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and 0 < int(match["port"]) < 65536
 
 
 def _checksum(payload: bytes) -> bytes:

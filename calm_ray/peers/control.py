@@ -19,6 +19,8 @@ from calm_ray.errors import CalmRayError
 from calm_ray.peers.status import PeerStatus
 
 MAX_LINE_BYTES = 1 << 20
+MAX_SOCKET_PATH_BYTES = 103
+"""macOS's limit; Linux allows four more."""
 CALL_TIMEOUT_SECONDS = 10.0
 
 
@@ -29,7 +31,10 @@ def socket_path(folder: Path) -> Path:
     info = parent.lstat()
     if info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise CalmRayError(f"{parent}: is not private to you; remove it or set TMPDIR to another folder")
-    return parent / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24] + ".sock")
+    path = parent / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24] + ".sock")
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise CalmRayError(f"{parent}: too long a path for a socket; set TMPDIR to a shorter one, such as /tmp")
+    return path
 
 
 class ControlClient:

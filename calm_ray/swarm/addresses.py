@@ -47,7 +47,7 @@ class Verdict:
 
 def parse_address(text: str) -> Address:
     """Split a multiaddress such as `/ip4/1.2.3.4/tcp/4001/p2p/Qm...`. Raises ValueError."""
-    match = _MULTIADDR.match(text)
+    match = _MULTIADDR.fullmatch(text)
     if match is None or not 0 < int(match[4]) < 65536:
         raise ValueError(f"not a multiaddress with host and port: {text!r}")
     return Address(text=text, host=match[2], port=int(match[4]), is_tcp=match[3] == "tcp", peer_id=match[5] or "")

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 CHUNK_TIMEOUT_SECONDS = 20.0
 """A desk that sends nothing for this long is given up; the next one is asked for what is missing."""
 DIAL_BACK_TIMEOUT_SECONDS = 15.0
-BUSY, BUSY_TRIES, BUSY_PAUSE_SECONDS = "busy", 8, 2.0
+BUSY, BUSY_TRIES, BUSY_PAUSE_SECONDS = "busy", 12, 1.0
 """A desk dials one peer at a time. A peer that took "busy" for "not reachable" would be a client for its whole life."""
 
 _CALL_FAILURES = (P2PHandlerError, ControlFailure, TimeoutError, OSError)
