@@ -30,11 +30,21 @@ def install_line(wheel: str | None) -> str:
         return f'pip install "calm-ray @ {_wheel_reference(wheel)}"'
     remote, commit = _git("remote", "get-url", "origin"), _git("rev-parse", "HEAD")
     if remote and commit:
-        return f'pip install "calm-ray @ git+{remote}@{commit}"'
+        return f'pip install "calm-ray @ git+{git_url(remote)}@{commit}"'
     built = sorted(Path("dist").glob("calm_ray-*.whl"))
     if built:
         return f'pip install "calm-ray @ {_wheel_reference(str(built[-1]))}"'
     raise ConfigError("no git remote and no wheel in dist/ to name: run `make wheel`, or pass --wheel PATH_OR_URL")
+
+
+def git_url(remote: str) -> str:
+    """A git remote as pip wants it after `git+`: always with a scheme."""
+    if remote.startswith("/"):
+        return Path(remote).as_uri()
+    if "://" not in remote and ":" in remote:
+        host, _, path = remote.partition(":")
+        return f"ssh://{host}/{path}"
+    return remote
 
 
 def _wheel_reference(wheel: str) -> str:

@@ -1,0 +1,21 @@
+"""The time left, as the job's table shows it."""
+
+import pytest
+
+from calm_ray.report import SummaryLimits, SwarmSummary, summarise
+from launchers.watch import with_measured_eta
+
+
+@pytest.fixture
+def summary() -> SwarmSummary:
+    limits = SummaryLimits(config_hash="a", num_epochs=40, target_batch_size=64)
+    return summarise([], now=0.0, limits=limits).model_copy(update={"epoch": 10})
+
+
+def test_measured_eta_with_one_boundary_leaves_the_summary_alone(summary: SwarmSummary) -> None:
+    assert with_measured_eta(summary, [(10, 5.0)]) == summary
+
+
+def test_measured_eta_takes_the_median_and_divides_skipped_epochs(summary: SwarmSummary) -> None:
+    boundaries = [(5, 0.0), (6, 4.0), (8, 12.0), (9, 100.0), (10, 104.0)]  # 4, 4, 88, 4 seconds per epoch
+    assert with_measured_eta(summary, boundaries).seconds_to_end == 30 * 4.0
