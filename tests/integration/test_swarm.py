@@ -8,9 +8,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from calm_ray.checkpoint.verify import verify_checkpoint
 from transformers import AlbertForPreTraining, AutoTokenizer
 
+from calm_ray.checkpoint.verify import verify_checkpoint
 from calm_ray.peers.spec import CheckpointSpec
 from calm_ray.report import SwarmSummary
 from calm_ray.swarm.node import NodeOptions, Swarm
