@@ -90,7 +90,8 @@ class Trainer:
             if self._source.num_refused_in_a_row > MAX_REFUSED_IN_A_ROW:
                 raise CalmRayError(
                     f"{self._source.num_refused_in_a_row} micro-batches in a row were not finite: this machine "
-                    'computes wrongly, or the model has diverged; try precision = "fp32" under [peer], then ask the organiser'
+                    "computes wrongly, or the model has diverged; "
+                    'try precision = "fp32" under [peer], then ask the organiser'
                 )
             return
         self._tally.add(result)
