@@ -32,7 +32,7 @@ demo: $(VENV)/.has-demo
 	$(BIN) -m launchers.job runs/demo.toml
 
 test: $(VENV)/.has-test
-	$(BIN) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN) -m pytest -m "not slow" --durations 5 $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.has-test
 	@case "$(SHARD)" in [1-9]*/$(SHARDS)) ;; *) echo "say which: make test-slow SHARD=k/$(SHARDS)" >&2; exit 2;; esac
