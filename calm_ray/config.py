@@ -54,6 +54,11 @@ class RunTable(Table):
             raise ValueError("data.sequence_warmup.start_length is longer than data.sequence_length")
         return self
 
+    @property
+    def report_lifetime_seconds(self) -> float:
+        """How long a report counts: four reporting periods, so that a lost one does not make its peer disappear."""
+        return max(10.0, 4 * self.report_seconds)
+
     def canonical_json(self) -> bytes:
         """The table as JSON with sorted keys: what is hashed, signed and put into the bundle."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()

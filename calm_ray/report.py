@@ -1,7 +1,7 @@
 """What one peer tells the swarm about itself, and what can be believed of all reports together. Pure: no I/O, no clock.
 
 A report is a claim by a stranger. The DHT proves *who* made it, never that it is true: hivemind's own tracker takes an
-epoch of 1e6 at its word (facts/hivemind.md 4). So lies are dropped and counted by reason, and of what remains no single
+epoch of 1e6 at its word. So lies are dropped and counted by reason, and of what remains no single
 peer moves an aggregate beyond the bounds in `SummaryLimits`. Those compare with medians and need three peers at least:
 of two that contradict each other, nobody can say from outside which one lies.
 Rejected: plain sums and maxima, as in hivemind's examples, where one volunteer crashes or captures the monitor.
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_REPORT_BYTES = 2048
-"""Of the encoded report. The DHT's pipe breaks somewhere above 8 kB (facts/hivemind.md P5)."""
+"""Of the encoded report. The DHT's pipe breaks somewhere above 8 kB."""
 MAX_REPORTS = 4096
 """Reports read in one summary; more are counted as `over-limit`. Bounds the work that strangers can cause."""
 MIN_WITNESSES = 3

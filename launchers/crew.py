@@ -16,7 +16,7 @@ from calm_ray.peers.status import PeerStatus
 from calm_ray.report import Role
 from calm_ray.signing import load_or_create_key, public_bytes
 from launchers.organiser import OrganiserConfig
-from launchers.prepare import BUNDLE, CHECKPOINTS, KEY
+from launchers.output import BUNDLE, CHECKPOINTS, KEY
 
 START_SECONDS = 120.0
 CALL_SECONDS = 30.0
@@ -109,7 +109,7 @@ class Crew:
     def stop(self) -> None:
         """Trainers first, auxiliary peers last, so that goodbyes still find someone."""
         for role in ("trainer", "monitor", "auxiliary"):
-            members = [m for m in self.members if m.role == role]
+            members = self.of_role(role)
             pending = [m.actor.stop.remote() for m in members]
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait(pending, num_returns=len(pending), timeout=STOP_SECONDS)

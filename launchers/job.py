@@ -17,9 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from calm_ray.checkpoint.manifest import folder_name
 from calm_ray.cli.invite import INVITE_FILE, install_line
 from calm_ray.errors import CalmRayError, ConfigError
 from launchers.organiser import OrganiserConfig, load_organiser
+from launchers.output import BUNDLE, CHECKPOINTS, claim_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +55,6 @@ def _run_job(argv: Sequence[str]) -> int:
     config = load_organiser(args.config)
     out = (args.out or Path("out") / config.run.run_id).resolve()
     _say_hello(config, out)
-
-    from launchers.output import claim_output
-
     with claim_output(out):
         _prepare(args.config, out)
         return _train_and_judge(config, out)
@@ -84,7 +83,7 @@ def _prepare(config_path: Path, out: Path) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["launchers.prepare failed and said nothing"]
         raise (ConfigError if done.returncode == ConfigError.exit_code else CalmRayError)(lines[-1])
-    print("Tokenizer trained, run bundle sealed, initial checkpoint written.", flush=True)
+    print("Tokenizer made, run bundle sealed, initial checkpoint written.", flush=True)
 
 
 def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
@@ -94,7 +93,7 @@ def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
     from launchers.verdict import evaluate, print_verdict
     from launchers.watch import watch
 
-    before = evaluate(out / "checkpoints" / "epoch-00000000", out / "bundle")
+    before = evaluate(out / CHECKPOINTS / folder_name(0), out / BUNDLE)
     for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
         signal.signal(number, _as_interrupt)
     address = os.environ.get("RAY_ADDRESS")
@@ -115,7 +114,7 @@ def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
             crew.stop()
     finally:
         ray.shutdown()
-    after = evaluate(checkpoint, out / "bundle")
+    after = evaluate(checkpoint, out / BUNDLE)
     print_verdict(before=before, after=after, checkpoint=checkpoint)
     return 0
 

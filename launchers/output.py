@@ -1,4 +1,4 @@
-"""The run's output folder: one job at a time, and the run before this one is kept, once."""
+"""The run's output folder: what is where, one job at a time, and the run before this one is kept, once."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calm_ray.errors import ConfigError
+
+KEY, BUNDLE, CHECKPOINTS = "organiser.key", "bundle", "checkpoints"
 
 
 @contextlib.contextmanager

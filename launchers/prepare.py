@@ -6,16 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calm_ray.checkpoint.write import write_checkpoint
-
 from calm_ray.bundle import seal_bundle
+from calm_ray.checkpoint.write import write_checkpoint
 from calm_ray.errors import CalmRayError
 from calm_ray.signing import load_or_create_key
 from calm_ray.training.model import build_model, parameter_names
 from calm_ray.training.prepare import load_bundle_model_config, write_parts
 from launchers.organiser import load_organiser
-
-KEY, BUNDLE, CHECKPOINTS = "organiser.key", "bundle", "checkpoints"
+from launchers.output import BUNDLE, CHECKPOINTS, KEY
 
 
 def prepare(config_path: Path, out: Path, *, install: str = "") -> None:

@@ -24,15 +24,15 @@ ETA_EPOCHS = 10
 def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
     """Block until the last epoch's checkpoint is written and return its path. CalmRayError if the run cannot end."""
     console = Console()
-    own_peer_ids: set[str] = set()
+    own_peer_ids: set[str] = set()  # grows: a peer that restarts has no id for a moment
     progress_at, last_epoch = time.monotonic(), -1
     boundaries: deque[tuple[int, float]] = deque(maxlen=ETA_EPOCHS)
     with Live(console=console, refresh_per_second=4, transient=False) as live:
         while True:
-            own_peer_ids |= _check_members(crew)
-            status = crew.status(crew.of_role("monitor")[0])
-            if status.summary is not None:
-                summary = SwarmSummary.model_validate(status.summary)
+            statuses = _statuses(crew)
+            own_peer_ids |= {status.peer_id for status in statuses if status.peer_id}
+            status = next(status for status in statuses if status.role == "monitor")
+            if (summary := status.summary) is not None:
                 is_new_epoch = summary.epoch > last_epoch
                 if is_new_epoch:
                     progress_at, last_epoch = time.monotonic(), summary.epoch
@@ -68,17 +68,16 @@ def with_measured_eta(summary: SwarmSummary, boundaries: Sequence[tuple[int, flo
     return summary.model_copy(update={"seconds_to_end": remaining * median(durations)})
 
 
-def _check_members(crew: Crew) -> set[str]:
-    """Peer ids of our own; CalmRayError if a peer that the run cannot do without has given up."""
-    peer_ids = set()
+def _statuses(crew: Crew) -> list[PeerStatus]:
+    """What our own peers say; CalmRayError if one has given up."""
+    statuses = []
     for member in crew.members:
         status = crew.status(member)
-        if status.peer_id:
-            peer_ids.add(status.peer_id)
         if status.exit_code is not None:
             log = member.folder / "peer.log"
             raise CalmRayError(f"{member.name} left with code {status.exit_code}: {status.error or 'see'} {log}")
-    return peer_ids
+        statuses.append(status)
+    return statuses
 
 
 def _final_checkpoint(status: PeerStatus, *, num_epochs: int) -> Path | None:

@@ -274,6 +274,12 @@ def test_light_commands_load_nothing_heavy(code: str) -> None:
     assert ran.stderr.splitlines()[-1] == "[]"
 
 
+def test_the_driver_of_the_job_loads_no_torch() -> None:
+    modules = "launchers.job, launchers.crew, launchers.watch, launchers.verdict"
+    code = f"import sys, {modules}\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize(
     ("file", "source", "complaint"),
     [

@@ -37,10 +37,6 @@ class PeerActor:
         """The peer's last status as JSON."""
         return self._handle.status().model_dump_json()
 
-    def request_stop(self) -> None:
-        """Ask the peer to leave, without waiting for it."""
-        self._handle.request_stop()
-
     def stop(self) -> int:
         """Leave and wait; the exit code."""
         return self._handle.stop()

@@ -50,9 +50,6 @@ class Manifest(Table):
     epoch: int = Field(ge=0)
     files: Mapping[str, FileEntry] = Field(max_length=64)
 
-    def total_bytes(self) -> int:
-        return sum(entry.size_bytes for entry in self.files.values())
-
 
 def folder_name(epoch: int) -> str:
     return f"epoch-{epoch:08d}"

@@ -9,7 +9,7 @@ from calm_ray.errors import CheckpointRejected
 
 
 def require_finite(tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """One NaN in a gradient makes a whole swarm's parameters NaN (facts/hivemind.md 3): such a state is never kept."""
+    """One NaN in a gradient makes a whole swarm's parameters NaN: such a state is never kept."""
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue

@@ -1,6 +1,7 @@
 """`calm-ray invite FOLDER`: what to send to volunteers, two lines that work as typed."""
 
 import hashlib
+import re
 import subprocess
 from pathlib import Path
 
@@ -38,13 +39,13 @@ def install_line(wheel: str | None) -> str:
 
 
 def git_url(remote: str) -> str:
-    """A git remote as pip wants it after `git+`: always with a scheme."""
+    """A git remote as pip wants it after `git+`: always with a scheme, and never with the organiser's own token."""
     if remote.startswith("/"):
         return Path(remote).as_uri()
     if "://" not in remote and ":" in remote:
         host, _, path = remote.partition(":")
         return f"ssh://{host}/{path}"
-    return remote
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", remote)
 
 
 def _wheel_reference(wheel: str) -> str:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from calm_ray import __version__
-from calm_ray.config import load_peer_table, state_home
+from calm_ray.config import PeerTable, load_peer_table, parse_table, state_home
 from calm_ray.invite import decode_invite
 from calm_ray.peers.spec import PeerSpec, Reach
 from calm_ray.peers.status import PeerStatus
@@ -22,7 +22,7 @@ def join(invite_text: str, *, config: Path | None, folder: Path | None, name: st
     invite = decode_invite(invite_text)
     peer = load_peer_table(config)
     if name is not None:
-        peer = type(peer).model_validate({**peer.model_dump(), "name": name})
+        peer = parse_table(PeerTable, {**peer.model_dump(), "name": name}, where="--name")
     folder = (folder or state_home() / "peers" / invite.run_id).resolve()
     print(f"calm-ray {__version__}: joining run {invite.run_id!r}. Ctrl-C leaves, any time, without harm.")
     print(OPEN_RUN_WARNING)

@@ -62,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(command=_status)
 
-    config = commands.add_parser("config", help="check a config file and print [run] and [peer] with all defaults")
+    config = commands.add_parser(
+        "config", help="check a config file and print [run], if it has one, and [peer] with all defaults"
+    )
     config.add_argument("file", type=Path)
     config.set_defaults(command=_config)
     return parser
@@ -95,8 +97,11 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from calm_ray.config import load_config
+    from calm_ray.config import load_config, load_peer_table, read_toml
 
+    if "run" not in read_toml(args.file):  # a volunteer's file
+        print(load_peer_table(args.file).model_dump_json(indent=2))
+        return 0
     config = load_config(args.file)
     print(config.model_dump_json(indent=2))
     print(f"config hash: {config.run.config_hash()}", file=sys.stderr)

@@ -5,7 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from calm_ray.config import RunTable, state_home
+from calm_ray.bundle import open_bundle
+from calm_ray.config import state_home
 from calm_ray.errors import CalmRayError, ConfigError
 from calm_ray.invite import PREFIX, decode_invite
 from calm_ray.peers.control import ControlClient
@@ -58,7 +59,7 @@ def _print_swarm(invite_text: str, *, as_json: bool) -> int:
         reception = receive(
             invite, folder=folder / "bundle", listen=listen, identity_path=folder / "id", should_dial_back=False
         )
-        run = RunTable.model_validate_json((reception.bundle / "run.json").read_bytes())
+        _, run = open_bundle(reception.bundle)
         options = NodeOptions(is_client_mode=True, listen=listen, identity_path=folder / "id")
         swarm = Swarm.join(run.run_id, initial_peers=invite.addresses, options=options)
         try:
@@ -68,8 +69,9 @@ def _print_swarm(invite_text: str, *, as_json: bool) -> int:
     if not reports:
         raise ConfigError(f"run {run.run_id!r}: the bootstrap peers answer, but nobody has reported yet")
     limits = SummaryLimits(
-        config_hash=run.config_hash(), num_epochs=run.num_epochs, target_batch_size=run.target_batch_size
-    )
+        config_hash=run.config_hash(), num_epochs=run.num_epochs, target_batch_size=run.target_batch_size,
+        max_age_seconds=run.report_lifetime_seconds,
+    )  # fmt: skip
     summary = summarise(reports, now=time.time(), limits=limits)
     if as_json:
         print(summary.model_dump_json(indent=2))

@@ -28,21 +28,22 @@ def main(status_fd: int, spec: PeerSpec) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take cores that [peer] num_threads left free
     context = PeerContext(spec, status_fd=status_fd)
     _leave_on_sigterm(context.stop)
+    code = 1
     try:
         _run_role(context)
+        code = 0
     except CalmRayError as exc:
         logger.error("%s", exc)
         context.fail(str(exc))
-        return exc.exit_code
+        code = exc.exit_code
     except Exception as exc:
         logger.exception("unexpected")
         context.fail(f"{type(exc).__name__}: {exc} (this is a bug: please send us {spec.log_path})")
-        return 1
     finally:
         # hivemind's goodbyes may hang on a dead peer; everything forked from here dies with this process anyway.
-        threading.Timer(GRACE_SECONDS, os._exit, args=(0,)).start()
+        threading.Timer(GRACE_SECONDS, os._exit, args=(code,)).start()
         context.close()
-    return 0
+    return code
 
 
 def _run_role(context: PeerContext) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from calm_ray import __version__
 from calm_ray.bundle import open_bundle
 from calm_ray.config import RunTable
-from calm_ray.errors import ConfigError, SwarmUnreachable
+from calm_ray.errors import SwarmUnreachable
 from calm_ray.invite import Invite, decode_invite
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
@@ -22,9 +22,6 @@ from calm_ray.swarm.node import NodeOptions, Swarm
 from calm_ray.swarm.reception import Reception, receive
 
 logger = logging.getLogger(__name__)
-
-REPORT_LIFETIMES = 4
-"""A report outlives so many reporting periods in the DHT: one lost publication does not make a peer disappear."""
 
 Facts = Callable[[], dict[str, Any]]
 
@@ -114,20 +111,20 @@ class PeerContext:
     def _report_for_ever(self) -> None:
         while not self.stop.is_set():
             started = time.monotonic()
-            try:
-                self.publish()
-            except SwarmUnreachable as exc:
-                logger.warning("report not published: %s", exc)
+            self.publish()
             self.stop.wait(max(0.1, self.run.report_seconds - (time.monotonic() - started)))
 
     def publish(self) -> None:
-        """Publish one report now."""
+        """Publish one report now; a DHT that does not answer is only logged, for the next report replaces this one."""
         report = PeerReport(
             peer_id=self.swarm.peer_id, boot_id=self.boot_id, role=self.spec.role, name=self.spec.peer.name,
             version=__version__, config_hash=self.run.config_hash(), is_client_mode=self._status.is_client_mode,
             published_at=time.time(), **{"state": self._status.state, **self._facts()},
         )  # fmt: skip
-        self.swarm.publish(encode(report), lifetime_seconds=max(10.0, REPORT_LIFETIMES * self.run.report_seconds))
+        try:
+            self.swarm.publish(encode(report), lifetime_seconds=self.run.report_lifetime_seconds)
+        except SwarmUnreachable as exc:
+            logger.warning("report not published: %s", exc)
         self._update(report=report)
 
     def close(self) -> None:
@@ -135,10 +132,3 @@ class PeerContext:
         self.stop.set()
         if hasattr(self, "swarm"):
             self.swarm.close()
-
-
-def require_file(path: Path, *, why: str) -> Path:
-    """`path` if it exists; ConfigError otherwise."""
-    if not path.exists():
-        raise ConfigError(f"{path}: not found, but needed to {why}")
-    return path

@@ -36,10 +36,15 @@ class PeerHandle:
                 env={**os.environ, **self._environment},
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
-        while self._control is None:
+        while True:
             with contextlib.suppress(OSError):
-                self._control = ControlClient(self.spec.folder)
-                self._control.call("hold")
+                control = ControlClient(self.spec.folder)
+                try:
+                    control.call("hold")
+                except OSError:
+                    control.close()
+                    raise
+                self._control = control
                 return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise CalmRayError(f"peer in {self.spec.folder} did not start: {_tail(output)}")
@@ -59,9 +64,6 @@ class PeerHandle:
         code = self._process.wait(timeout=5)
         error = self._last.error or (_tail(self.spec.folder / "watchdog.log") if code else "")
         return self._last.model_copy(update={"state": "left", "exit_code": code, "error": error})
-
-    def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
 
     def abandon(self) -> None:
         """Let go of the lease without a word, as if this process had died. The peer leaves by itself."""

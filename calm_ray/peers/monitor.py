@@ -24,7 +24,7 @@ def run(context: PeerContext) -> None:
     table = context.run
     limits = SummaryLimits(
         config_hash=table.config_hash(), num_epochs=table.num_epochs, target_batch_size=table.target_batch_size,
-        max_age_seconds=max(10.0, 4 * table.report_seconds),
+        max_age_seconds=table.report_lifetime_seconds,
     )  # fmt: skip
     epoch = 0
     previous: SwarmSummary | None = None
@@ -42,7 +42,7 @@ def run(context: PeerContext) -> None:
             feed.append_all(rows_of(summary, previous=previous))
             previous = summary
             checkpointer.on_summary(summary)
-            context.tell("watching", summary=summary.model_dump(mode="json"), last_checkpoint=checkpointer.last_path)
+            context.tell("watching", summary=summary, last_checkpoint=checkpointer.last_path)
 
 
 class Checkpointer:

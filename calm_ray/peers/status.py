@@ -1,10 +1,8 @@
 """What a peer says about itself on its machine: one JSON line at a time, child to watchdog to whoever asks."""
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict
 
-from calm_ray.report import PeerReport, Role
+from calm_ray.report import PeerReport, Role, SwarmSummary
 
 
 class PeerStatus(BaseModel):
@@ -21,8 +19,8 @@ class PeerStatus(BaseModel):
     addresses: tuple[str, ...] = ()
     is_client_mode: bool = False
     report: PeerReport | None = None
-    summary: dict[str, Any] | None = None
-    """Of the whole swarm; a monitor's."""
+    summary: SwarmSummary | None = None
+    """A monitor's."""
     last_checkpoint: str = ""
     error: str = ""
     """Why the peer gave up, if it did."""

@@ -116,8 +116,7 @@ class Trainer:
         if record is not None:
             logger.info(
                 "epoch=%d samples=%d mlm_mean_loss=%.4f sop_mean_loss=%.4f",
-                record.epoch, record.num_samples, record.mlm_loss_sum / record.mini_steps,
-                record.sop_loss_sum / record.mini_steps,
+                record.epoch, record.num_samples, record.mlm_mean_loss, record.sop_mean_loss,
             )  # fmt: skip
 
     def _catch_up(self) -> None:

@@ -205,7 +205,7 @@ class Watchdog:
                     self._answer(connection, line)
             except (BlockingIOError, InterruptedError):
                 return
-            except OSError:
+            except (OSError, ValueError, AttributeError):  # it is gone, or what it says is no request
                 data = b""
             if not data:
                 self._hang_up(connection)

@@ -12,7 +12,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import get_dht_time
 
-from calm_ray.errors import ConfigError, SwarmUnreachable
+from calm_ray.errors import SwarmUnreachable
 from calm_ray.report import MAX_REPORT_BYTES
 from calm_ray.swarm.addresses import live_addresses, parse_address
 from calm_ray.swarm.codecs import mend_codecs
@@ -36,8 +36,6 @@ class NodeOptions:
     listen: str
     announce: tuple[str, ...] = ()
     identity_path: Path
-    should_check_identity: bool = False
-    """Ask the swarm whether this identity is in use. Costs one more connection to the bootstrap peers."""
 
 
 class Swarm:
@@ -52,7 +50,7 @@ class Swarm:
 
     @classmethod
     def join(cls, run_id: str, *, initial_peers: Sequence[str], options: NodeOptions) -> "Swarm":
-        """Start a DHT node; SwarmUnreachable with a verdict per address, ConfigError if the identity is taken."""
+        """Start a DHT node; SwarmUnreachable with a verdict per address."""
         bind_children_to_parent()
         mend_codecs()
         ensure_identity(options.identity_path)
@@ -66,16 +64,12 @@ class Swarm:
                 host_maddrs=[options.listen],
                 announce_maddrs=list(options.announce) or None,
                 identity_path=str(options.identity_path),
-                check_if_identity_free=options.should_check_identity,
+                check_if_identity_free=False,  # costs one more connection; the peer's folder is locked anyway
                 record_validators=record_validators(run_id, key),
                 startup_timeout=STARTUP_TIMEOUT_SECONDS,
                 **network_options(options.listen),
             )
         except P2PDaemonError as exc:
-            if "already taken" in str(exc):
-                raise ConfigError(
-                    f"{options.identity_path}: another running peer has this identity; stop it, or take another folder"
-                ) from exc
             raise SwarmUnreachable(f"libp2p did not start on {options.listen}: {exc}") from exc
         except RuntimeError as exc:  # DHTNode.create: bootstrap peers answer on TCP but not as members of a DHT
             raise SwarmUnreachable(f"{', '.join(peers)}: answers, but not as a peer of this swarm: {exc}") from exc
@@ -138,9 +132,6 @@ class Swarm:
             if isinstance(peer, bytes) and isinstance(entry.value, int | float)
         }
         return sorted(priorities, key=lambda peer: (priorities[peer], secrets.randbits(16)), reverse=True)
-
-    def is_alive(self) -> bool:
-        return bool(self.dht.is_alive())
 
     def close(self) -> None:
         if self._p2p is not None:

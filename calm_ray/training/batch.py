@@ -29,15 +29,6 @@ class Batch:
     def num_samples(self) -> int:
         return self.input_ids.shape[0]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.attention_mask.sum())
-
-    @property
-    def num_masked_tokens(self) -> int:
-        return int((self.labels != -100).sum())
-
     def to(self, device: torch.device | str) -> Self:
         """Return the batch on `device`."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}

@@ -40,19 +40,12 @@ class MicroStep:
     num_samples: int
     """Samples whose gradient was added; 0 if it was refused. Pass it to the swarm as the batch size."""
 
-    num_tokens: int
-    num_masked_tokens: int
     mean_mlm_loss: float
     mean_sop_loss: float
     grad_norm: float
     """Of this micro-batch's gradient, unscaled and not clipped."""
 
     is_finite: bool
-
-    @property
-    def mean_loss(self) -> float:
-        """What is minimised: the sum of the two."""
-        return self.mean_mlm_loss + self.mean_sop_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +90,6 @@ class GradientSource:
         """Run one micro-batch. Raise what the stream raises, StopIteration if it ends, torch's errors as they are."""
         self._batches.set_epoch(epoch)
         batch = next(self._batches)
-        num_tokens, num_masked_tokens = batch.num_tokens, batch.num_masked_tokens
         on_device = batch.to(self._compute.device)
         with self._compute.autocast():
             mlm_loss, sop_loss, _ = pretraining_losses(self._model, on_device)
@@ -121,8 +113,6 @@ class GradientSource:
             self._scale = self._scale.after(is_finite=is_finite)
         return MicroStep(
             num_samples=batch.num_samples if is_finite else 0,
-            num_tokens=num_tokens,
-            num_masked_tokens=num_masked_tokens,
             mean_mlm_loss=losses[0],
             mean_sop_loss=losses[1],
             grad_norm=norm,

@@ -12,7 +12,6 @@ from transformers import AlbertForPreTraining, AutoTokenizer
 
 from calm_ray.checkpoint.verify import verify_checkpoint
 from calm_ray.peers.spec import CheckpointSpec
-from calm_ray.report import SwarmSummary
 from calm_ray.swarm.node import NodeOptions, Swarm
 from calm_ray.swarm.state import download_state
 from tests.integration.runs import TinySwarm, tiny_swarm
@@ -71,7 +70,8 @@ def test_monitor_counts_everyone_and_writes_a_checkpoint_that_loads(finished: Ti
     status = finished.wait(
         "monitor", lambda s: s.last_checkpoint.endswith(f"{NUM_EPOCHS:08d}"), NUM_EPOCHS * EPOCH_SECONDS
     )
-    summary = SwarmSummary.model_validate(status.summary)
+    summary = status.summary
+    assert summary is not None
     assert summary.peers_by_role["trainer"] == 4
     assert not summary.dropped
     checkpoint = Path(status.last_checkpoint)

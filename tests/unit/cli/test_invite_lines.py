@@ -13,6 +13,7 @@ from calm_ray.errors import ConfigError
     ("remote", "url"),
     [
         ("https://example.org/a/b.git", "https://example.org/a/b.git"),
+        ("https://me:token@example.org/a/b.git", "https://example.org/a/b.git"),
         ("git@example.org:a/b.git", "ssh://git@example.org/a/b.git"),
         ("/srv/git/b.git", "file:///srv/git/b.git"),
     ],

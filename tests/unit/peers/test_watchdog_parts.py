@@ -158,8 +158,7 @@ def test_tally_adds_up_what_a_report_says_of_an_epoch() -> None:
     assert tally.record() is None, "an epoch without a micro-batch has no mean loss"
     for num_samples, mlm, sop in ((8, 5.0, 0.5), (4, 3.0, 0.7)):
         step = MicroStep(
-            num_samples=num_samples, num_tokens=100, num_masked_tokens=15, mean_mlm_loss=mlm, mean_sop_loss=sop,
-            grad_norm=1.0, is_finite=True,
+            num_samples=num_samples, mean_mlm_loss=mlm, mean_sop_loss=sop, grad_norm=1.0, is_finite=True,
         )  # fmt: skip
         tally.add(step)
     record = tally.record()
