@@ -14,9 +14,12 @@ KEY, BUNDLE, CHECKPOINTS = "organiser.key", "bundle", "checkpoints"
 @contextlib.contextmanager
 def claim_output(out: Path) -> Iterator[None]:
     """Give a fresh, locked `out`; what was there becomes `out.previous`, and what was *that* is deleted."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = out.with_name(out.name + ".lock")
-    with lock_path.open("a+") as lock:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = out.with_name(out.name + ".lock").open("a+")
+    except OSError as exc:
+        raise ConfigError(f"{out}: {exc.strerror or exc} ({exc.filename}); choose another --out") from exc
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -2,15 +2,18 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from calm_ray import __version__
 from calm_ray.config import PeerTable, load_peer_table, parse_table, state_home
-from calm_ray.invite import decode_invite
+from calm_ray.errors import SwarmUnreachable
+from calm_ray.invite import Invite, decode_invite
 from calm_ray.peers.spec import PeerSpec, Reach
 from calm_ray.peers.status import PeerStatus
 from calm_ray.peers.watchdog import Watchdog
 from calm_ray.report import PeerReport
+from calm_ray.swarm.addresses import check_listen, live_addresses
 
 OPEN_RUN_WARNING = (
     "Note: this run is open. Anyone who has the invite can take part, and can also change the model;\n"
@@ -30,13 +33,22 @@ def join(invite_text: str, *, config: Path | None, folder: Path | None, name: st
     spec = PeerSpec(role="trainer", folder=folder, invite=invite_text, peer=peer, reach=reach)
     narrator = Narrator(started_at=time.time())
     print("Starting; the first time, loading torch and hivemind can take half a minute.", flush=True)
-    watchdog = Watchdog(spec, on_status=narrator)
+    watchdog = Watchdog(spec, on_status=narrator, preflight=partial(_look_ahead, spec, invite))
     code = watchdog.run()
     if watchdog.status.error:
         print(f"calm-ray: {watchdog.status.error}", file=sys.stderr)
     elif code == 0:
         print(f"Left the run. You contributed {narrator.samples_contributed} samples. Thank you!")
     return code
+
+
+def _look_ahead(spec: PeerSpec, invite: Invite) -> None:
+    """Say at once what would otherwise wait until torch is loaded. That nobody answers is no reason to give up."""
+    check_listen(spec.peer.listen, spec.peer.announce)
+    try:
+        live_addresses(invite.addresses)
+    except SwarmUnreachable as exc:
+        print(f"calm-ray: {exc}. Trying again for some minutes; Ctrl-C gives up.", file=sys.stderr, flush=True)
 
 
 class Narrator:

@@ -1,10 +1,10 @@
 """`calm-ray peer`: one peer of any role under its watchdog."""
 
 import argparse
+import json
 import logging
 import sys
-
-from pydantic import ValidationError
+from functools import partial
 
 from calm_ray.config import load_peer_table, parse_table
 from calm_ray.errors import ConfigError
@@ -12,13 +12,16 @@ from calm_ray.invite import decode_invite
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
 from calm_ray.peers.watchdog import Watchdog
+from calm_ray.swarm.addresses import check_listen
 
 logger = logging.getLogger(__name__)
 
 
 def run_peer(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    watchdog = Watchdog(_spec(args), on_status=_Printer())
+    spec = _spec(args)
+    preflight = partial(check_listen, spec.peer.listen, spec.peer.announce)
+    watchdog = Watchdog(spec, on_status=_Printer(), preflight=preflight)
     code = watchdog.run()
     if watchdog.status.error:
         print(f"calm-ray: {watchdog.status.error}", file=sys.stderr)
@@ -28,9 +31,9 @@ def run_peer(args: argparse.Namespace) -> int:
 def _spec(args: argparse.Namespace) -> PeerSpec:
     if args.spec:
         try:
-            return PeerSpec.model_validate_json(args.spec)
-        except ValidationError as exc:
-            raise ConfigError(f"--spec: {exc.errors()[0]['msg']}") from exc
+            return parse_table(PeerSpec, json.loads(args.spec), where="--spec")
+        except ValueError as exc:
+            raise ConfigError(f"--spec: not JSON: {exc}") from exc
     if args.folder is None:
         raise ConfigError("--folder is missing: every peer needs one of its own")
     if args.invite:

@@ -48,9 +48,13 @@ FINAL_EXIT_CODES = frozenset({0, 2, 5})
 class Watchdog:
     """One peer. `run()` blocks until it has left for good and returns an exit code."""
 
-    def __init__(self, spec: PeerSpec, *, on_status: Callable[[PeerStatus], None] = lambda status: None) -> None:
+    def __init__(
+        self, spec: PeerSpec, *, on_status: Callable[[PeerStatus], None] = lambda status: None,
+        preflight: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`preflight` is called once, when the folder is ours; it may raise CalmRayError to call the start off."""
         self._spec = spec
-        self._on_status = on_status
+        self._on_status, self._preflight = on_status, preflight
         self.status = PeerStatus(role=spec.role)
         self._selector = selectors.DefaultSelector()
         self._child: subprocess.Popen[bytes] | None = None
@@ -59,9 +63,16 @@ class Watchdog:
         self._num_restarts = 0
 
     def run(self) -> int:
-        self._spec.folder.mkdir(parents=True, exist_ok=True)
-        with _exclusive(self._spec.folder), RotatingLog(self._spec.log_path) as log, self._listening():
-            self._log = log
+        with contextlib.ExitStack() as stack:
+            try:
+                self._spec.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_exclusive(self._spec.folder))
+                self._log = stack.enter_context(RotatingLog(self._spec.log_path))
+            except OSError as exc:
+                problem = f"{exc.strerror or exc} ({exc.filename})"
+                raise ConfigError(f"{self._spec.folder}: {problem}; choose another --folder, which you own") from exc
+            self._preflight()
+            stack.enter_context(self._listening())
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda *_: self.leave())
             self._lease_deadline = time.monotonic() + FIRST_LEASE_SECONDS if self._spec.has_lease else None

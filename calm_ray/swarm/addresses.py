@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from calm_ray.errors import SwarmUnreachable
+from calm_ray.errors import ConfigError, SwarmUnreachable
 
 _MULTIADDR = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/([^/]+)/(tcp|udp)/(\d+)(?:/[a-z0-9-]+)*(?:/p2p/(\w+))?$")
+
+_LISTEN = re.compile(r"^/(ip4|ip6)/([^/]+)/tcp/(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,25 @@ def parse_address(text: str) -> Address:
     if match is None or not 0 < int(match[4]) < 65536:
         raise ValueError(f"not a multiaddress with host and port: {text!r}")
     return Address(text=text, host=match[2], port=int(match[4]), is_tcp=match[3] == "tcp", peer_id=match[5] or "")
+
+
+def check_listen(listen: str, announce: Sequence[str]) -> None:
+    """Raise ConfigError if `[peer] listen` or `announce` is malformed, or if this machine cannot listen there now."""
+    for key, text in (("listen", listen.replace("/tcp/0", "/tcp/1")), *(("announce", text) for text in announce)):
+        try:
+            parse_address(text)
+        except ValueError as exc:
+            raise ConfigError(f"[peer] {key}: {exc}; write it like /ip4/0.0.0.0/tcp/4001") from None
+    match = _LISTEN.match(listen)
+    if match is None:
+        return
+    try:
+        with socket.socket(socket.AF_INET6 if match[1] == "ip6" else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((match[2], int(match[3])))
+    except OSError as exc:
+        remedy = "choose another port, or 0 for any free one; 0.0.0.0 stands for every address of this machine"
+        raise ConfigError(f"[peer] listen {listen}: {exc.strerror or exc}; {remedy}") from exc
 
 
 def probe(address: Address, *, timeout_seconds: float) -> Verdict:

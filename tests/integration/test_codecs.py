@@ -190,8 +190,8 @@ class Truthful(_TruthfulRounds, DecentralizedAverager):
 def average(name, averager_class, codec, first, second):
     averagers = [
         averager_class(
-            [tensor.clone()], dht, prefix=name, start=True, compression=codec, min_matchmaking_time=2.0, request_timeout=1.0,
-            target_group_size=2, allreduce_timeout=15.0, next_chunk_timeout=5.0,
+            [tensor.clone()], dht, prefix=name, start=True, compression=codec, target_group_size=2,
+            min_matchmaking_time=2.0, request_timeout=1.0, allreduce_timeout=15.0, next_chunk_timeout=5.0,
         )
         for tensor, dht in zip((first, second), dhts)
     ]
