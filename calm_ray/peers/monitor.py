@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
-from calm_ray.errors import CalmRayError, SwarmUnreachable
+from calm_ray.errors import CalmRayError, StateUnavailable, SwarmUnreachable
 from calm_ray.observe.feed import Feed
 from calm_ray.observe.ingest import rows_of
 from calm_ray.peers.context import PeerContext
@@ -120,6 +120,17 @@ def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int) -> tup
         context.swarm, min_epoch=min_epoch, max_bytes=16 * num_elements + (64 << 20),
         timeout_seconds=run.averaging.averaging_timeout_seconds + 60,
     )  # fmt: skip
+    num_tensors = len(names) + sum(entry.get("type") == "tensor" for entry in state.optimizer_metadata)
+    if len(state.tensors) != num_tensors:  # hivemind's streams can lose their end: see `Desk.rpc_part`
+        raise StateUnavailable(f"{state.donor} broke off: {len(state.tensors)} of {num_tensors} tensors")
+    ours = dict(model.named_parameters())
+    foreign = [
+        name
+        for name, tensor in zip(names, state.tensors, strict=False)
+        if tensor.shape != ours[name].shape or not tensor.is_floating_point()
+    ]
+    if foreign:
+        raise StateUnavailable(f"{state.donor} sent another model's state: {foreign[0]} does not fit")
     parameters: dict[str, Any] = dict(zip(names, state.tensors[: len(names)], strict=True))
     optimizer_tensors: Sequence[Any] = state.tensors[len(names) :]
     facts = {

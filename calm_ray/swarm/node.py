@@ -91,18 +91,19 @@ class Swarm:
     def publish(self, report: bytes, *, lifetime_seconds: float) -> bool:
         """Store this peer's signed report; True if some node took it. Replaces the one before."""
         assert len(report) <= MAX_REPORT_BYTES, "reports are bounded: see calm_ray.report"
-        future = self.dht.store(
-            reports_key(self.run_id),
-            report,
-            expiration_time=get_dht_time() + lifetime_seconds,
-            subkey=self._subkey,
-            return_future=True,
+        return bool(
+            self._ask(
+                self.dht.store,
+                reports_key(self.run_id),
+                report,
+                expiration_time=get_dht_time() + lifetime_seconds,
+                subkey=self._subkey,
+            )
         )
-        return bool(_result(future))
 
     def snapshot(self) -> list[tuple[str, bytes]]:
         """All reports that the DHT holds now, as (owner's peer id, bytes); what they say is not checked here."""
-        found: Any = _result(self.dht.get(reports_key(self.run_id), latest=True, return_future=True))
+        found: Any = self._ask(self.dht.get, reports_key(self.run_id), latest=True)
         if found is None or not isinstance(found.value, dict):
             return []
         reports = []
@@ -123,7 +124,7 @@ class Swarm:
 
     def donors(self, prefix: str) -> list[PeerID]:
         """Peers that offer their training state under an averager's prefix, newest epoch first."""
-        found: Any = _result(self.dht.get(f"{prefix}.all_averagers", latest=True, return_future=True))
+        found: Any = self._ask(self.dht.get, f"{prefix}.all_averagers", latest=True)
         if found is None or not isinstance(found.value, dict):
             return []
         priorities = {
@@ -132,6 +133,19 @@ class Swarm:
             if isinstance(peer, bytes) and isinstance(entry.value, int | float)
         }
         return sorted(priorities, key=lambda peer: (priorities[peer], secrets.randbits(16)), reverse=True)
+
+    def is_alive(self) -> bool:
+        """Whether the DHT process runs. Without it a trainer would go on alone, unseen."""
+        return bool(self.dht.is_alive())
+
+    def _ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Wait for a DHT call, but never for ever; a dead or stuck DHT process is SwarmUnreachable."""
+        try:
+            return method(*args, return_future=True, **kwargs).result(timeout=CALL_TIMEOUT_SECONDS)
+        except TimeoutError as exc:
+            raise SwarmUnreachable(f"the DHT did not answer within {CALL_TIMEOUT_SECONDS:.0f} s") from exc
+        except (OSError, EOFError) as exc:
+            raise SwarmUnreachable(f"the DHT process has ended: {exc}") from exc
 
     def close(self) -> None:
         if self._p2p is not None:
@@ -153,11 +167,3 @@ def network_options(listen: str) -> dict[str, object]:
     """Options of p2pd that only make sense off this machine: none of them for a swarm on the loopback interface."""
     is_local = parse_address(listen.replace("/tcp/0", "/tcp/1")).is_loopback
     return {"auto_nat": not is_local, "nat_port_map": not is_local}
-
-
-def _result(future: Any) -> Any:
-    """Wait for a DHT call, but never for ever: a killed DHT process would leave the caller hanging."""
-    try:
-        return future.result(timeout=CALL_TIMEOUT_SECONDS)
-    except TimeoutError as exc:
-        raise SwarmUnreachable(f"the DHT did not answer within {CALL_TIMEOUT_SECONDS:.0f} s") from exc

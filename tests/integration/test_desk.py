@@ -228,9 +228,7 @@ def test_many_downloads_all_arrive_whole(office: Office) -> None:
 
 
 def test_run_that_nobody_serves_here_is_told_as_such(office: Office, tmp_path: Path) -> None:
-    with pytest.raises(
-        SwarmUnreachable, match=r"run bundle: .*answers, but has no desk for this run"
-    ):
+    with pytest.raises(SwarmUnreachable, match=r"run bundle: .*answers, but has no desk for this run"):
         come(office.invite("not-served"), tmp_path)
 
 
