@@ -113,7 +113,7 @@ class PeerContext:
             started = time.monotonic()
             self.publish()
             if not self.swarm.is_alive() and not self.stop.is_set():
-                self.fail("the DHT process has died")
+                self.fail("the DHT process or its libp2p daemon has died")
                 os._exit(SwarmUnreachable.exit_code)  # the watchdog starts us again; no thread here can mend it
             self.stop.wait(max(0.1, self.run.report_seconds - (time.monotonic() - started)))
 

@@ -1,17 +1,22 @@
 """A monitor: reads everyone's reports, keeps the feed, and writes checkpoints. Reading needs no model and no torch."""
 
+import json
 import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
-from calm_ray.errors import CalmRayError, StateUnavailable, SwarmUnreachable
+from calm_ray.errors import CalmRayError, SwarmUnreachable
 from calm_ray.observe.feed import Feed
 from calm_ray.observe.ingest import rows_of
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.spec import CheckpointSpec
 from calm_ray.report import SummaryLimits, SwarmSummary, summarise
+
+if TYPE_CHECKING:
+    from calm_ray.swarm.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +81,7 @@ class Checkpointer:
             num_epochs=summary.num_epochs,
         )  # fmt: skip
         if due is not None and time.monotonic() >= self._not_before:
-            self._pending = self._pool.submit(write_one, self._context, self._spec, due)
+            self._pending = self._pool.submit(write_one, self._context, self._spec, due, summary.epoch)
 
     def _collect(self, pending: Future[tuple[int, str]]) -> None:
         try:
@@ -99,7 +104,27 @@ def due_epoch(*, epoch: int, last_epoch: int, every_epochs: int, num_epochs: int
     return due if due > last_epoch else None
 
 
-def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int) -> tuple[int, str]:
+def check_state(state: "TrainingState", *, shapes: Sequence[tuple[int, ...]], swarm_epoch: int) -> None:
+    """Raise ValueError or TypeError unless `state` can be a checkpoint of this run at this time.
+
+    `shapes`: of the parameters, in the state's order. An epoch from far ahead would be the last checkpoint ever.
+    """
+    if state.epoch > swarm_epoch + SummaryLimits.max_epoch_lead:
+        raise ValueError(f"claims epoch {state.epoch} while the swarm is at {swarm_epoch}")
+    num_tensors = len(shapes) + sum(entry.get("type") == "tensor" for entry in state.optimizer_metadata)
+    if len(state.tensors) != num_tensors:  # hivemind's streams can lose their end: see `Desk.rpc_part`
+        raise ValueError(f"broke off: {len(state.tensors)} of {num_tensors} tensors")
+    parameters = state.tensors[: len(shapes)]
+    if [tuple(tensor.shape) for tensor in parameters] != list(shapes):
+        raise ValueError("another model's state: shapes do not fit")
+    if not all(tensor.is_floating_point() for tensor in parameters):
+        raise ValueError("parameters are not floating-point numbers")
+    if not all(bool(tensor.isfinite().all()) for tensor in state.tensors):
+        raise ValueError("values are NaN or infinite")
+    json.dumps(state.optimizer_metadata)
+
+
+def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int, swarm_epoch: int) -> tuple[int, str]:
     """Download the state from a full peer and write it down; (its epoch, the checkpoint's path)."""
     # Late: reading reports must not cost a monitor the memory of torch and transformers.
     import torch
@@ -116,21 +141,13 @@ def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int) -> tup
         model = build_model(config, seed=0)
     names = parameter_names(model)
     num_elements = sum(parameter.numel() for parameter in model.parameters())
+    ours = dict(model.named_parameters())
+    shapes = [tuple(ours[name].shape) for name in names]
     state = download_state(
         context.swarm, min_epoch=min_epoch, max_bytes=16 * num_elements + (64 << 20),
         timeout_seconds=run.averaging.averaging_timeout_seconds + 60,
+        check=partial(check_state, shapes=shapes, swarm_epoch=swarm_epoch),
     )  # fmt: skip
-    num_tensors = len(names) + sum(entry.get("type") == "tensor" for entry in state.optimizer_metadata)
-    if len(state.tensors) != num_tensors:  # hivemind's streams can lose their end: see `Desk.rpc_part`
-        raise StateUnavailable(f"{state.donor} broke off: {len(state.tensors)} of {num_tensors} tensors")
-    ours = dict(model.named_parameters())
-    foreign = [
-        name
-        for name, tensor in zip(names, state.tensors, strict=False)
-        if tensor.shape != ours[name].shape or not tensor.is_floating_point()
-    ]
-    if foreign:
-        raise StateUnavailable(f"{state.donor} sent another model's state: {foreign[0]} does not fit")
     parameters: dict[str, Any] = dict(zip(names, state.tensors[: len(names)], strict=True))
     optimizer_tensors: Sequence[Any] = state.tensors[len(names) :]
     facts = {

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hivemind
+from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import get_dht_time
 
-from calm_ray.errors import SwarmUnreachable
+from calm_ray.errors import ConfigError, SwarmUnreachable
 from calm_ray.report import MAX_REPORT_BYTES
 from calm_ray.swarm.addresses import live_addresses, parse_address
 from calm_ray.swarm.codecs import mend_codecs
@@ -135,7 +136,13 @@ class Swarm:
         return sorted(priorities, key=lambda peer: (priorities[peer], secrets.randbits(16)), reverse=True)
 
     def is_alive(self) -> bool:
-        """Whether the DHT process runs. Without it a trainer would go on alone, unseen."""
+        """Whether the DHT process and its p2pd run: without either a trainer would go on alone. A slow one is alive."""
+        try:
+            self.call(lambda p2p: p2p.list_peers(), timeout_seconds=CALL_TIMEOUT_SECONDS)
+        except TimeoutError:
+            pass
+        except (OSError, EOFError):
+            return False
         return bool(self.dht.is_alive())
 
     def _ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,10 +164,14 @@ class Swarm:
 
 
 def ensure_identity(path: Path) -> None:
-    """Make a libp2p identity (RSA 2048, 0400) unless the file is there."""
+    """Make a libp2p identity (RSA 2048, 0400) unless the file is there. ConfigError if what is there is none."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         P2P.generate_identity(str(path))
+    try:
+        load_identity(path.read_bytes())
+    except (DecodeError, ValueError) as exc:
+        raise ConfigError(f"{path}: damaged, perhaps by a full disk; delete it, and a new one is made") from exc
 
 
 def network_options(listen: str) -> dict[str, object]:

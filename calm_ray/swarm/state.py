@@ -6,7 +6,7 @@ is decoded with msgpack and hivemind's tensor codecs, nothing is unpickled; size
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,12 +40,14 @@ class TrainingState:
 
 
 def download_state(
-    swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float, only_from: str | None = None
-) -> TrainingState:
+    swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float, only_from: str | None = None,
+    check: Callable[[TrainingState], None] = lambda state: None,
+) -> TrainingState:  # fmt: skip
     """Ask donors in the order of their epochs; StateUnavailable with what each said if none gives a usable state.
 
     `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor. `only_from`
-    names the one donor to ask.
+    names the one donor to ask. `check` raises to refuse a state: a donor that claims the newest epoch and sends rubbish
+    is asked first each time, and must not keep us from the others.
     """
     problems = []
     for donor in swarm.donors(state_prefix(swarm.run_id)):
@@ -54,8 +56,10 @@ def download_state(
         try:
             download = partial(_download, donor=donor, run_id=swarm.run_id, max_bytes=max_bytes)
             state = swarm.call(download, timeout_seconds=timeout_seconds)
+            check(state)
         except Exception as exc:  # noqa: BLE001  one donor's failure of any kind: ask the next
             problems.append(f"{donor}: {str(exc) or type(exc).__name__}")
+            logger.warning("state refused or not sent: %s", problems[-1])
             continue
         if state.epoch >= min_epoch:
             return state
