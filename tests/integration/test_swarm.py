@@ -46,7 +46,7 @@ def _joined_at(log: str) -> int:
 
 @pytest.mark.timeout(400)
 def test_late_joiner_is_in_step_within_two_epochs(finished: TinySwarm) -> None:
-    status = finished.wait("late", lambda s: s.state == "training" and s.report is not None, EPOCH_SECONDS)
+    status = finished.wait("late", lambda s: s.state == "training" and s.report is not None, 3 * EPOCH_SECONDS)
     assert status.report is not None
     epoch_at_joining = finished.handles["first"].status().report.epoch  # type: ignore[union-attr]
     finished.wait("late", lambda s: bool(s.report and s.report.rounds.averaged), 3 * EPOCH_SECONDS)
