@@ -36,6 +36,10 @@ class RunTable(Table):
     report_seconds: float = Field(default=30.0, ge=0.5)
     """Each peer publishes a report this often."""
 
+    wire: Literal["calm-1", "hivemind-1.1"] = "calm-1"
+    """How gradients travel. `hivemind-1.1` lets bare `hivemind.Optimizer` peers average with ours in an open run, at the
+    price of what `calm-1` adds: equal averages on all peers, digests, repair, auxiliary peers that receive."""
+
     model: ModelTable
     tokenizer: TokenizerTable
     data: DataTable
@@ -94,6 +98,9 @@ class PeerTable(Table):
 
     announce: tuple[str, ...] = ()
     """Addresses to tell others, when they differ from what this machine can see of itself."""
+
+    bandwidth_mbps: float | None = Field(default=None, gt=0)
+    """Upload of this machine's line in Mbit/s, if you know it; otherwise it is measured while averaging."""
 
     data_root: str = "."
     """Folder under which the run's `files` sources are found on this machine."""

@@ -219,22 +219,37 @@ class OptimizerTable(Table):
 
 
 class AveragingTable(Table):
-    """How peers average with each other. The defaults suit the internet; shorten them on one machine."""
+    """How peers average with each other. The defaults suit the internet; `network = "lan"` suits one machine."""
 
-    matchmaking_seconds: float = Field(default=15.0, ge=1.0)
-    """Look for a group this long. Raise it if groups are smaller than 0.9 of the swarm in a quarter of the epochs."""
+    network: Literal["lan", "internet", "slow"] = "internet"
+    """Where most peers are: one building, the internet, or lines under 10 Mbit/s. Only the start: once rounds have been
+    measured, their times count."""
 
-    averaging_timeout_seconds: float = Field(default=120.0, gt=0)
-    """Give a round up after this long. About twice a real all-reduce."""
+    matchmaking_seconds: float | None = Field(default=None, ge=0.5)
+    """Look for a group this long at most. Omit it to take `network`'s."""
+
+    averaging_timeout_seconds: float | None = Field(default=None, gt=0)
+    """Give an all-reduce up after this long. Omit it: then it follows from the parameters' bytes and the bandwidth."""
 
     compression: Literal["none", "fp16", "8bit"] = "fp16"
     """Of gradients on the wire: 4, 2 or 1 byte per parameter. State is always averaged in 32 bits."""
 
-    average_state_every: int = Field(default=1, ge=1)
-    """Average parameters every so many epochs, to remove drift. Costs a second round in those epochs."""
+    max_staleness: Literal[0, 1] = 1
+    """1: trainers go on computing while the last epoch's gradients are averaged, so some samples of an epoch were
+    computed with the parameters before. 0: everyone waits for the average; exact, and slower."""
+
+    offload_optimizer: bool = True
+    """Keep the optimizer and a copy of the parameters in main memory (16 bytes per parameter with AdamW). False saves
+    4 of them, and needs a CPU trainer and `max_staleness = 0`."""
+
+    average_state_every: int = Field(default=10, ge=1)
+    """Average parameters every so many epochs if peers' sketches of them differ at all. Costs a second round then."""
 
     @model_validator(mode="after")
     def _timeout_outlasts_matchmaking(self) -> Self:
-        if self.averaging_timeout_seconds <= self.matchmaking_seconds:
+        timeout, matchmaking = self.averaging_timeout_seconds, self.matchmaking_seconds
+        if timeout is not None and matchmaking is not None and timeout <= matchmaking:
             raise ValueError("averaging_timeout_seconds must be greater than matchmaking_seconds")
+        if not self.offload_optimizer and self.max_staleness:
+            raise ValueError("offload_optimizer = false needs max_staleness = 0: there is only one set of parameters")
         return self
