@@ -37,8 +37,8 @@ class RunTable(Table):
     """Each peer publishes a report this often."""
 
     wire: Literal["calm-1", "hivemind-1.1"] = "calm-1"
-    """How gradients travel. `hivemind-1.1` lets bare `hivemind.Optimizer` peers average with ours in an open run, at the
-    price of what `calm-1` adds: equal averages on all peers, digests, repair, auxiliary peers that receive."""
+    """How gradients travel. `hivemind-1.1` lets bare `hivemind.Optimizer` peers average with ours in an open run, at
+    the price of what `calm-1` adds: equal averages on all peers, digests, repair, auxiliary peers that receive."""
 
     model: ModelTable
     tokenizer: TokenizerTable
