@@ -1,7 +1,7 @@
 """A peer's place in the swarm: one DHT, one libp2p identity; publish a report, read everyone's, close."""
 
+import asyncio
 import contextlib
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import hivemind
 from google.protobuf.message import DecodeError
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import get_dht_time
 
@@ -46,8 +46,9 @@ class Swarm:
         self.dht, self.run_id = dht, run_id
         self.key = load_identity(identity_path.read_bytes())
         self._subkey = own_subkey(self.key)
-        self._loop = EventLoopThread(name="swarm-calls")
+        self.loop = EventLoopThread(name="swarm-calls")
         self._p2p: P2P | None = None
+        self._p2p_lock = asyncio.Lock()
 
     @classmethod
     def join(cls, run_id: str, *, initial_peers: Sequence[str], options: NodeOptions) -> "Swarm":
@@ -92,23 +93,15 @@ class Swarm:
     def publish(self, report: bytes, *, lifetime_seconds: float) -> bool:
         """Store this peer's signed report; True if some node took it. Replaces the one before."""
         assert len(report) <= MAX_REPORT_BYTES, "reports are bounded: see calm_ray.report"
-        return bool(
-            self._ask(
-                self.dht.store,
-                reports_key(self.run_id),
-                report,
-                expiration_time=get_dht_time() + lifetime_seconds,
-                subkey=self._subkey,
-            )
-        )
+        return self.store(
+            reports_key(self.run_id), subkey=self._subkey, value=report,
+            expiration_time=get_dht_time() + lifetime_seconds,
+        )  # fmt: skip
 
     def snapshot(self) -> list[tuple[str, bytes]]:
         """All reports that the DHT holds now, as (owner's peer id, bytes); what they say is not checked here."""
-        found: Any = self._ask(self.dht.get, reports_key(self.run_id), latest=True)
-        if found is None or not isinstance(found.value, dict):
-            return []
         reports = []
-        for subkey, entry in found.value.items():
+        for subkey, entry in self.get(reports_key(self.run_id)).items():
             with contextlib.suppress(ValueError):
                 reports.append((owner_of(subkey), entry.value))
         return reports
@@ -117,23 +110,25 @@ class Swarm:
         """Run `action` with this peer's libp2p handle, on the thread that keeps it."""
 
         async def run() -> T:
+            return await action(await self.p2p())
+
+        return self.loop.run(run(), timeout_seconds=timeout_seconds)
+
+    async def p2p(self) -> P2P:
+        """This peer's libp2p handle. For coroutines that run on `loop` only."""
+        async with self._p2p_lock:
             if self._p2p is None:
                 self._p2p = await self.dht.replicate_p2p()
-            return await action(self._p2p)
+            return self._p2p
 
-        return self._loop.run(run(), timeout_seconds=timeout_seconds)
+    def get(self, key: str) -> dict[Any, Any]:
+        """The newest entries of a DHT dictionary, empty if there is none. SwarmUnreachable if the DHT is stuck."""
+        found: Any = self._ask(self.dht.get, key, latest=True)
+        return found.value if found is not None and isinstance(found.value, dict) else {}
 
-    def donors(self, prefix: str) -> list[PeerID]:
-        """Peers that offer their training state under an averager's prefix, newest epoch first."""
-        found: Any = self._ask(self.dht.get, f"{prefix}.all_averagers", latest=True)
-        if found is None or not isinstance(found.value, dict):
-            return []
-        priorities = {
-            PeerID(peer): float(entry.value)
-            for peer, entry in found.value.items()
-            if isinstance(peer, bytes) and isinstance(entry.value, int | float)
-        }
-        return sorted(priorities, key=lambda peer: (priorities[peer], secrets.randbits(16)), reverse=True)
+    def store(self, key: str, *, subkey: bytes, value: Any, expiration_time: float) -> bool:
+        """Store one entry of a DHT dictionary; True if some node took it. SwarmUnreachable if the DHT is stuck."""
+        return bool(self._ask(self.dht.store, key, value, expiration_time=expiration_time, subkey=subkey))
 
     def is_alive(self) -> bool:
         """Whether the DHT process and its p2pd run: without either a trainer would go on alone. A slow one is alive."""
@@ -157,9 +152,9 @@ class Swarm:
     def close(self) -> None:
         if self._p2p is not None:
             with contextlib.suppress(Exception):  # a daemon that died already has nothing to close
-                self._loop.run(self._p2p.shutdown(), timeout_seconds=2.0)
+                self.loop.run(self._p2p.shutdown(), timeout_seconds=2.0)
             self._p2p = None
-        self._loop.close()
+        self.loop.close()
         self.dht.shutdown()
 
 
