@@ -2,8 +2,8 @@
 
 The organiser says once where most peers are, and may set the two times that hivemind has; the rest follows from bytes,
 members, bandwidth and what the last rounds took. Rejected: hivemind's four constants (`matchmaking_time`,
-`averaging_timeout`, `next_chunk_timeout`, `request_timeout`), set by hand for one model and one kind of line: the second
-was 30 s in sahajBERT's code and 600 s in CALM's, and a round with a dead peer could last as long.
+`averaging_timeout`, `next_chunk_timeout`, `request_timeout`), set by hand for one model and one kind of line: the
+second was 30 s in sahajBERT's code and 600 s in CALM's, and a round with a dead peer could last as long.
 """
 
 import math
