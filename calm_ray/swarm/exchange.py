@@ -1,0 +1,288 @@
+"""All-reduce on our own wire ("calm-1"): every member of a group ends with the same bits, and knows that it did.
+
+A group's members cut the vector into slices; each slice has one reducer, who receives it from every sender, averages by
+weight, and sends the encoded average to all. A round is true for a member if it got every part; it may take them from
+another member if their reducer died. Readers send nothing at all.
+
+Why not hivemind's: there a reducer sends `average - yours`, so that in fp16 members end with different bits; one
+malformed part stalls everyone, one NaN poisons everyone; readers must upload a whole vector of nothing; and a round in
+which nothing arrived is reported as a success (AllReduceRunner, TensorPartReducer of 1.1.12).
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+
+from calm_ray.errors import StateUnavailable
+from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Stream, Traffic
+from calm_ray.swarm.exchange_messages import BadMessage, Opening, PartsRequest, decode
+from calm_ray.swarm.exchange_reduce import refuse
+from calm_ray.swarm.exchange_repair import Kept, ask_for_parts, hand_out_parts, new_collection, receive_parts
+from calm_ray.swarm.exchange_round import Protocols, Round, check_contribution, digest_of
+from calm_ray.swarm.group import Group, Kind
+from calm_ray.swarm.limits import RoundLimits
+from calm_ray.swarm.part_codecs import CODECS, BadPart, Vector
+from calm_ray.swarm.verdict import Outcome, RoundResult
+
+logger = logging.getLogger(__name__)
+
+EARLY_SECONDS = 15.0
+"""How long a member who knows of a group before us waits for us to begin."""
+MAX_EARLY_STREAMS = 128
+HANGUP_SECONDS = 10.0
+"""For a caller that we refused, to go."""
+MAX_REMEMBERED_GROUPS = 64
+CLOSE_CHECK_SECONDS = 0.1
+
+
+class Exchange:
+    """Takes part in rounds. All methods are coroutines of one loop; `serve` first, `close` at the end."""
+
+    def __init__(self, *, num_elements: Mapping[Kind, int]) -> None:
+        """`num_elements`: length of the flat vector of each kind of round."""
+        self._num_elements = dict(num_elements)
+        self._p2p: P2P | None = None
+        self._protocols = Protocols(exchange="", parts="")
+        self._is_serving = False
+        self._own_id = ""
+        self._rounds: dict[bytes, Round] = {}
+        self._over: OrderedDict[str, None] = OrderedDict()
+        self._awaiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._kept: dict[Kind, Kept] = {}
+        self._carried: dict[Kind, Vector] = {}
+        self._traffic: dict[Kind, Traffic] = {kind: Traffic() for kind in num_elements}
+        self._handlers: set[asyncio.Task[None]] = set()
+
+    async def serve(self, p2p: P2P, *, namespace: str, is_reachable: bool = True) -> None:
+        """Use a libp2p daemon; unless nobody can call this peer, answer others: reduce, and hand out averages."""
+        self._p2p, self._own_id = p2p, str(p2p.peer_id.to_base58())
+        self._protocols = Protocols(exchange=f"{namespace}::calm-1.exchange", parts=f"{namespace}::calm-1.parts")
+        if is_reachable:
+            await p2p.add_binary_stream_handler(self._protocols.exchange, self._on_exchange)
+            await p2p.add_binary_stream_handler(self._protocols.parts, self._on_parts)
+            self._is_serving = True
+
+    async def run(
+        self, group: Group, *, vector: torch.Tensor | None, weight: float, codec: str, max_weight: float
+    ) -> RoundResult:
+        """Average `vector` with the group, by `weight`; readers bring None and 0.
+
+        `vector`: flat, contiguous fp32 on the CPU, shape (num_elements[kind],); not changed, and not to be changed
+        before this returns. Never raises for what other peers do, and lasts at most limits.round_seconds and the time
+        that hashing takes. Cancelling it ends everything that belongs to the round.
+        """
+        num_elements = self._num_elements[group.kind]
+        if vector is not None and (vector.shape != (num_elements,) or vector.dtype != torch.float32):
+            raise ValueError(f"vector of {vector.dtype} {tuple(vector.shape)}, expected float32 ({num_elements},)")
+        if group.group_id in self._rounds:
+            raise ValueError("this round is running already")
+        if (early := self._foregone(group)) is not None:
+            return early
+        assert self._p2p is not None, "serve first"
+        contribution = await asyncio.to_thread(check_contribution, vector, weight=weight, max_weight=max_weight)
+        if contribution.objection:
+            logger.warning("own_contribution_stopped epoch=%d reason=%s", group.epoch, contribution.objection)
+        round_ = Round(
+            p2p=self._p2p,
+            group=group,
+            own_id=self._own_id,
+            protocols=self._protocols,
+            contribution=contribution,
+            codec=CODECS[codec],
+            max_weight=max_weight,
+            num_elements=num_elements,
+            carried=self._carried.get(group.kind),
+            traffic=self._traffic[group.kind],
+        )
+        self._begin(round_)
+        try:
+            result = await round_.run()
+        except BaseException:
+            await round_.cancel()
+            self._forget(round_)
+            raise
+        if result.is_true:
+            self._commit(round_, result)
+        traffic = self._traffic[group.kind]
+        result = replace(result, bytes_sent=traffic.sent, bytes_received=traffic.received)
+        traffic.sent = traffic.received = 0
+        return result
+
+    async def fetch_last(
+        self, peer_id: str, *, kind: Kind, epoch: int, limits: RoundLimits
+    ) -> tuple[torch.Tensor, str]:
+        """The average that a peer stepped with at `epoch`, and its digest, for a peer that missed the round.
+
+        At most limits.round_seconds. StateUnavailable if that peer does not have it, or what it sends is not sound or
+        does not match its digest; whether the digest is the swarm's is for the caller to ask others.
+        """
+        assert self._p2p is not None, "serve first"
+        request = PartsRequest(group_id="", kind=kind, epoch=epoch, first=0, last=-1)
+        traffic = self._traffic[kind]
+        try:
+            async with (
+                asyncio.timeout(limits.round_seconds),
+                ask_for_parts(self._p2p, peer_id, self._protocols.parts, request, limits=limits, traffic=traffic) as (
+                    header,
+                    stream,
+                ),
+            ):
+                if not header.is_known:
+                    raise StateUnavailable(f"{peer_id} does not hold the average of epoch {epoch}")
+                collection = new_collection(header, num_elements=self._num_elements[kind])
+                await receive_parts(stream, collection, range(collection.layout.num_parts), limits=limits)
+        except (*PEER_FAULTS, BadPart) as exc:
+            raise StateUnavailable(f"{peer_id} did not hand over the average of epoch {epoch}: {exc!r}") from exc
+        digest = await asyncio.to_thread(digest_of, collection.average)
+        if collection.num_missing or digest != header.digest:
+            raise StateUnavailable(f"{peer_id} handed over another average of epoch {epoch} than it announced")
+        self._kept[kind] = Kept(group_id="", epoch=epoch, collection=collection, digest=digest)
+        return torch.from_numpy(collection.average.copy()), digest
+
+    async def close(self) -> None:
+        """Serve those who still need us, at most until their rounds' time is over, then stop answering."""
+        while any(not round_.is_served() for round_ in self._rounds.values()):
+            await asyncio.sleep(CLOSE_CHECK_SECONDS)
+        if self._is_serving and self._p2p is not None:
+            self._is_serving = False
+            for protocol in (self._protocols.exchange, self._protocols.parts):
+                with contextlib.suppress(*PEER_FAULTS):  # a daemon that died has nothing to be told
+                    await self._p2p.remove_binary_stream_handler(protocol)
+        for round_ in list(self._rounds.values()):
+            await round_.cancel()
+            self._forget(round_)
+        for task in self._handlers:
+            task.cancel()
+        await asyncio.gather(*self._handlers, return_exceptions=True)
+
+    def _foregone(self, group: Group) -> RoundResult | None:
+        """The result of a round that need not begin."""
+        cause: tuple[Outcome, str] | None = None
+        if len(group.members) < 2:
+            cause = "alone", "nobody else is in the group"
+        elif not any(member.fraction > 0 for member in group.members):
+            cause = "only_clients", "no member can average for the others"
+        elif self._own_id not in {member.peer_id for member in group.members}:
+            cause = "failed", "we are not in this group"
+        if cause is None:
+            return None
+        return RoundResult(
+            outcome=cause[0], detail=cause[1], group_size=len(group.members), num_senders=group.num_senders
+        )
+
+    def _begin(self, round_: Round) -> None:
+        round_.start()
+        self._rounds[round_.group.group_id] = round_
+        for waiting in self._awaiting.pop(round_.group.group_id.hex(), ()):
+            if not waiting.done():
+                waiting.set_result(None)
+        linger = round_.group.limits.round_seconds + 1
+        asyncio.get_running_loop().call_later(linger, self._forget, round_)
+
+    def _forget(self, round_: Round) -> None:
+        """Nobody can want anything of it any more, but its average."""
+        if self._rounds.pop(round_.group.group_id, None) is None:
+            return
+        self._over[round_.group.group_id.hex()] = None
+        while len(self._over) > MAX_REMEMBERED_GROUPS:
+            self._over.popitem(last=False)
+        for task in round_.handlers:
+            task.cancel()
+
+    def _commit(self, round_: Round, result: RoundResult) -> None:
+        """A true round: keep its average for others, and what its encoding left out for the next one."""
+        kind = round_.group.kind
+        self._kept[kind] = round_.kept(result.digest)
+        if round_.desk is not None and round_.desk.reduction.residual is not None:
+            carried = self._carried.setdefault(kind, np.zeros(self._num_elements[kind], dtype=np.float32))
+            start, stop = round_.layout.slice_of(round_.place)
+            carried[start:stop] = round_.desk.reduction.residual
+
+    async def _on_exchange(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A member of a group wants our slice."""
+        stream = Stream(reader, writer, Traffic())
+        with self._handling(stream):
+            async with asyncio.timeout(HANGUP_SECONDS):
+                opening = decode(Opening, await stream.receive_as(FrameKind.OPENING))
+            round_ = await self._round_of(opening.group_id)
+            if round_ is None:
+                async with asyncio.timeout(HANGUP_SECONDS):
+                    await refuse(stream, "I do not know this group, or it is over")
+                return
+            task = asyncio.current_task()
+            assert task is not None
+            stream.traffic = round_.traffic
+            round_.handlers.add(task)
+            try:
+                async with asyncio.timeout_at(round_.deadline):
+                    await round_.serve(str(info.peer_id.to_base58()), opening, stream)
+            finally:
+                round_.handlers.discard(task)
+
+    async def _on_parts(
+        self,
+        info: StreamInfo,  # noqa: ARG002  hivemind's signature
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Somebody wants averages that we may have."""
+        stream = Stream(reader, writer, Traffic())
+        with self._handling(stream):
+            async with asyncio.timeout(HANGUP_SECONDS):
+                request = decode(PartsRequest, await stream.receive_as(FrameKind.PARTS_REQUEST))
+            kept = self._kept_for(request)
+            stream.traffic = self._traffic.get(request.kind, stream.traffic)
+            await hand_out_parts(stream, request, kept)
+
+    @contextlib.contextmanager
+    def _handling(self, stream: Stream) -> Iterator[None]:
+        """What every handler shares: it is known to `close`, lets go of its socket, and no peer can make it raise."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._handlers.add(task)
+        try:
+            yield
+        except PEER_FAULTS as exc:
+            logger.info("caller_lost reason=%s: %s", type(exc).__name__, exc)
+        finally:
+            self._handlers.discard(task)
+            stream.abort()
+
+    def _kept_for(self, request: PartsRequest) -> Kept | None:
+        kept = self._kept.get(request.kind)
+        if request.group_id:
+            round_ = self._rounds.get(bytes.fromhex(request.group_id)) if len(request.group_id) % 2 == 0 else None
+            if round_ is not None and round_.group.kind == request.kind:
+                return round_.kept()
+            return kept if kept is not None and kept.group_id == request.group_id else None
+        return kept if kept is not None and kept.epoch == request.epoch else None
+
+    async def _round_of(self, group_id: str) -> Round | None:
+        """The round of a group; if we have not begun it, wait a little for that. None if it is unknown, or over."""
+        if len(group_id) % 2:
+            raise BadMessage("group id")
+        key = bytes.fromhex(group_id)
+        if key not in self._rounds and group_id not in self._over:
+            if sum(map(len, self._awaiting.values())) >= MAX_EARLY_STREAMS:
+                return None
+            begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaiting.setdefault(group_id, set()).add(begun)
+            try:
+                async with asyncio.timeout(EARLY_SECONDS):
+                    await begun
+            except TimeoutError:
+                return None
+            finally:
+                waiting = self._awaiting.get(group_id, set())
+                waiting.discard(begun)
+                if not waiting:
+                    self._awaiting.pop(group_id, None)
+        return self._rounds.get(key)

@@ -1,0 +1,167 @@
+"""A member's side of a round: it brings its parts to every reducer, and collects the averages from all of them.
+
+Parts are checked as they arrive and kept encoded, because this peer may be the only one who has them if their reducer
+dies: see exchange_repair.
+"""
+
+import asyncio
+import logging
+
+import numpy as np
+from hivemind.p2p import P2P
+
+from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Stream, Traffic, open_stream
+from calm_ray.swarm.exchange_messages import BadMessage, Ban, Ending, Failure, Opening, decode
+from calm_ray.swarm.limits import RoundLimits
+from calm_ray.swarm.part_codecs import BadPart, PartCodec, Vector
+from calm_ray.swarm.parts import Layout
+
+logger = logging.getLogger(__name__)
+
+OPEN_ATTEMPTS = 2
+"""A connection that has just been cut is opened anew at the second attempt."""
+
+
+class Collection:
+    """Averages as they come in: the vector, shape (num_elements,), and every part as it was encoded."""
+
+    def __init__(self, layout: Layout, codec: PartCodec) -> None:
+        self.layout, self.codec = layout, codec
+        self.average: Vector = np.empty(layout.num_elements, dtype=np.float32)
+        self.encoded: list[bytes | None] = [None] * layout.num_parts
+        self.num_missing = layout.num_parts
+        self.live_owners: set[int] = set()
+        """Members who reduce and may still hand out parts to us themselves."""
+
+    def max_bytes(self) -> int:
+        return self.codec.encoded_bytes(self.layout.part_elements)
+
+    def store(self, part: int, payload: bytes) -> None:
+        """BadPart unless `payload` is a sound encoded average of `part`."""
+        start, stop = self.layout.span(part)
+        self.keep(part, payload, self.codec.decode(payload, stop - start))
+
+    def keep(self, part: int, payload: bytes, decoded: Vector) -> None:
+        start, stop = self.layout.span(part)
+        self.average[start:stop] = decoded
+        if self.encoded[part] is None:
+            self.encoded[part] = payload
+            self.num_missing -= 1
+
+    def missing(self, owner: int) -> range:
+        """From the first part that is missing of a member's slice to its end; parts come in order."""
+        parts = self.layout.parts_of(owner)
+        return range(next((part for part in parts if self.encoded[part] is None), parts.stop), parts.stop)
+
+    def missing_fraction(self) -> float:
+        spans = (self.layout.span(part) for part, payload in enumerate(self.encoded) if payload is None)
+        return sum(stop - start for start, stop in spans) / max(1, self.layout.num_elements)
+
+
+class Courier:
+    """Goes to one reducer with our part of its slice, and comes back with its averages."""
+
+    def __init__(
+        self,
+        p2p: P2P,
+        *,
+        protocol: str,
+        reducer: str,
+        owner: int,
+        opening: Opening,
+        vector: Vector | None,
+        residual: Vector | None,
+        collection: Collection,
+        limits: RoundLimits,
+        traffic: Traffic,
+    ) -> None:
+        """`vector`: what we bring, shape (num_elements,), or None. `residual`: as long, gets what encoding left out."""
+        self._p2p, self._protocol, self._reducer, self.owner = p2p, protocol, reducer, owner
+        self._opening, self._vector, self._residual = opening, vector, residual
+        self._collection, self._limits, self._traffic = collection, limits, traffic
+        self.ban: Ban | None = None
+        self.failure: Failure | None = None
+        self.ending: Ending | None = None
+
+    async def run(self) -> None:
+        """Does not raise for what the reducer does; then `missing(owner)` of the collection is not empty."""
+        self._collection.live_owners.add(self.owner)
+        try:
+            for attempt in range(OPEN_ATTEMPTS):
+                try:
+                    async with open_stream(
+                        self._p2p,
+                        self._reducer,
+                        self._protocol,
+                        timeout_seconds=self._limits.request_seconds,
+                        traffic=self._traffic,
+                    ) as stream:
+                        attempt = OPEN_ATTEMPTS  # the reducer takes one stream from each member
+                        await self._talk(stream)
+                        return
+                except (*PEER_FAULTS, BadPart) as exc:
+                    logger.warning(
+                        "reducer_lost peer=%s epoch=%d reason=%s: %s",
+                        self._reducer, self._opening.epoch, type(exc).__name__, exc,
+                    )  # fmt: skip
+                    if attempt >= OPEN_ATTEMPTS - 1:
+                        return
+        finally:
+            self._collection.live_owners.discard(self.owner)
+
+    async def _talk(self, stream: Stream) -> None:
+        await stream.send(FrameKind.OPENING, self._opening.encode())
+        sending = asyncio.create_task(self._send_parts(stream))
+        try:
+            await self._collect(stream, sending)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _send_parts(self, stream: Stream) -> None:
+        if self._vector is None:
+            return
+        codec, layout, weight = self._collection.codec, self._collection.layout, np.float32(self._opening.weight)
+        for part in layout.parts_of(self.owner):
+            start, stop = layout.span(part)
+            values = self._vector[start:stop]
+            payload = codec.encode(values)
+            if self._residual is not None:
+                self._residual[start:stop] = (values - codec.decode(payload, stop - start)) * weight
+            await stream.send(FrameKind.PART, payload)
+
+    async def _collect(self, stream: Stream, sending: "asyncio.Task[None]") -> None:
+        loop, limits = asyncio.get_running_loop(), self._limits
+        # The reducer may learn of the group later than we, and first lets us wait for that.
+        patience = limits.request_seconds + 2 * limits.chunk_seconds
+        max_bytes = max(self._collection.max_bytes(), 2**18)
+        parts = iter(self._collection.layout.parts_of(self.owner))
+        async with asyncio.timeout(patience) as clock:
+            while True:
+                kind, payload = await stream.receive(max_bytes=max_bytes)
+                clock.reschedule(loop.time() + 2 * limits.chunk_seconds)
+                if kind == FrameKind.PART:
+                    part = next(parts, None)
+                    if part is None:
+                        raise BadMessage("more parts than the slice has")
+                    self._collection.store(part, payload)
+                elif kind == FrameKind.BAN:
+                    sending.cancel()
+                    self.ban = decode(Ban, payload)
+                    self._forget_residual()
+                elif kind == FrameKind.FAILURE:
+                    self.failure = decode(Failure, payload)
+                    return
+                elif kind == FrameKind.ENDING:
+                    self.ending = decode(Ending, payload)
+                    return
+                elif kind != FrameKind.WAIT:
+                    raise BadMessage(f"{kind.name.lower()} where an average was due")
+
+    def _forget_residual(self) -> None:
+        """What was not counted was lost whole: there is nothing left to make up for."""
+        assert self.ban is not None
+        parts = self._collection.layout.parts_of(self.owner)
+        if self._residual is not None and self.ban.counted < len(parts):
+            start, _ = self._collection.layout.span(parts[self.ban.counted])
+            self._residual[start : self._collection.layout.slice_of(self.owner)[1]] = 0

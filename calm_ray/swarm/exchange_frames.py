@@ -1,0 +1,129 @@
+"""Frames on a raw libp2p stream: one byte of kind, four of length, then the payload.
+
+hivemind's protobuf streams read whatever length a peer announces into memory, and leave the local socket open when a
+stream cannot be opened. Here the reader says how long a frame may be, before it is read, and every socket is closed.
+
+Only the caller hangs up: when a handler ends, libp2p's daemon resets the stream and what was under way is lost.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct
+
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import DaemonConnector
+from hivemind.p2p.p2p_daemon_bindings.utils import (
+    P2PDaemonError,
+    raise_if_failed,
+    read_pbmsg_safe,
+    write_pbmsg,
+)
+from hivemind.proto import p2pd_pb2
+
+from calm_ray.swarm.exchange_messages import MAX_HEADER_BYTES, BadMessage
+
+PREFIX = Struct(">BI")
+DISCARD_BYTES = 2**16
+PEER_FAULTS = (OSError, EOFError, TimeoutError, BadMessage, P2PDaemonError)
+"""What talking to a peer may raise for no fault of ours. EOFError: a stream that ends, if inside a frame."""
+
+
+class FrameKind(IntEnum):
+    OPENING = 1
+    PART = 2
+    WAIT = 3
+    """Nothing yet, but I am alive."""
+    BAN = 4
+    FAILURE = 5
+    ENDING = 6
+    PARTS_REQUEST = 7
+    PARTS_HEADER = 8
+
+
+@dataclass
+class Traffic:
+    """Payload bytes of parts; frames' prefixes, headers and what libp2p and TCP add are not counted."""
+
+    sent: int = 0
+    received: int = 0
+
+
+class Stream:
+    """One end of a stream between two peers. Not to be shared by two readers or two writers."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: Traffic) -> None:
+        self._reader, self._writer, self.traffic = reader, writer, traffic
+
+    async def send(self, kind: FrameKind, payload: bytes = b"") -> None:
+        """Returns when the transport has room again, so at most one frame is buffered here."""
+        self._writer.write(PREFIX.pack(kind, len(payload)) + payload)
+        if kind == FrameKind.PART:
+            self.traffic.sent += len(payload)
+        await self._writer.drain()
+        await asyncio.sleep(0)  # drain does not yield while there is room
+
+    async def receive(self, *, max_bytes: int = MAX_HEADER_BYTES) -> tuple[FrameKind, bytes]:
+        """The next frame; BadMessage, before its payload is read, if that is longer or of no known kind."""
+        kind, length = PREFIX.unpack(await self._reader.readexactly(PREFIX.size))
+        if length > max_bytes:
+            raise BadMessage(f"{length} bytes in a frame of at most {max_bytes}")
+        payload = await self._reader.readexactly(length)
+        try:
+            known = FrameKind(kind)
+        except ValueError as exc:
+            raise BadMessage(f"frame of kind {kind}") from exc
+        if known == FrameKind.PART:
+            self.traffic.received += length
+        return known, payload
+
+    async def receive_as(self, expected: FrameKind, *, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
+        kind, payload = await self.receive(max_bytes=max_bytes)
+        if kind != expected:
+            raise BadMessage(f"{kind.name.lower()} where {expected.name.lower()} was due")
+        return payload
+
+    async def until_hangup(self) -> None:
+        """Discard what still comes, until the other side closes."""
+        with contextlib.suppress(OSError):
+            while await self._reader.read(DISCARD_BYTES):
+                pass
+
+    def abort(self) -> None:
+        """Let go of the socket at once: whoever ends a stream has nothing left to say on it."""
+        self._writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def open_stream(
+    p2p: P2P, peer_id: str, protocol: str, *, timeout_seconds: float, traffic: Traffic
+) -> AsyncIterator[Stream]:
+    """Call `protocol` of a peer, and hang up at the end. One of PEER_FAULTS if it cannot be reached in time."""
+    try:
+        peer = PeerID.from_base58(peer_id).to_bytes()
+    except ValueError as exc:
+        raise BadMessage(f"peer id {peer_id[:64]!r}") from exc
+    async with asyncio.timeout(timeout_seconds):
+        reader, writer = await DaemonConnector(p2p.daemon_listen_maddr).open_connection()
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            await write_pbmsg(
+                writer,
+                p2pd_pb2.Request(
+                    type=p2pd_pb2.Request.STREAM_OPEN,
+                    streamOpen=p2pd_pb2.StreamOpenRequest(peer=peer, proto=[protocol]),
+                ),
+            )
+            response = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, response)
+            raise_if_failed(response)
+    except BaseException:
+        writer.transport.abort()
+        raise
+    stream = Stream(reader, writer, traffic)
+    try:
+        yield stream
+    finally:
+        stream.abort()

@@ -1,0 +1,145 @@
+"""Averages from whoever has them: to make a round whole whose reducer died, and to catch up with one that was missed.
+
+Each member keeps the encoded averages that it got, so that the death of a reducer who had served only some does not
+split the swarm. Only if nobody has a part is the round partial.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from struct import Struct
+
+from hivemind.p2p import P2P
+
+from calm_ray.swarm.exchange_collect import Collection
+from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Stream, Traffic, open_stream
+from calm_ray.swarm.exchange_messages import BadMessage, PartsHeader, PartsRequest, decode
+from calm_ray.swarm.limits import RoundLimits
+from calm_ray.swarm.part_codecs import CODECS, BadPart
+from calm_ray.swarm.parts import Layout
+
+logger = logging.getLogger(__name__)
+
+NUMBER = Struct(">I")
+PAUSE_SECONDS = 0.5
+"""Between two rounds of asking those who may still get what we miss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """An average, whole or on its way, as this peer can hand it to others."""
+
+    group_id: str
+    epoch: int
+    collection: Collection
+    digest: str = ""
+
+
+async def hand_out_parts(stream: Stream, request: PartsRequest, kept: Kept | None) -> None:
+    """Answer a request with what is there now, then wait for the caller to hang up."""
+    if kept is None:
+        await stream.send(FrameKind.PARTS_HEADER, PartsHeader(is_known=False).encode())
+        await stream.until_hangup()
+        return
+    collection = kept.collection
+    layout = collection.layout
+    last = layout.num_parts if request.last < 0 else min(request.last, layout.num_parts)
+    wanted = range(min(request.first, last), last)
+    owners = {layout.owner_of(part) for part in wanted if collection.encoded[part] is None}
+    header = PartsHeader(
+        is_known=True,
+        may_come=bool(owners & collection.live_owners),
+        codec=collection.codec.name,
+        bounds=list(layout.bounds),
+        digest=kept.digest,
+    )
+    await stream.send(FrameKind.PARTS_HEADER, header.encode())
+    for part in wanted:
+        payload = collection.encoded[part]
+        if payload is not None:
+            await stream.send(FrameKind.PART, NUMBER.pack(part) + payload)
+    await stream.send(FrameKind.ENDING)
+    await stream.until_hangup()
+
+
+@contextlib.asynccontextmanager
+async def ask_for_parts(
+    p2p: P2P, peer: str, protocol: str, request: PartsRequest, *, limits: RoundLimits, traffic: Traffic
+) -> AsyncIterator[tuple[PartsHeader, Stream]]:
+    """Send a request and read the header of the answer; one of PEER_FAULTS if there is none."""
+    async with open_stream(p2p, peer, protocol, timeout_seconds=limits.request_seconds, traffic=traffic) as stream:
+        await stream.send(FrameKind.PARTS_REQUEST, request.encode())
+        async with asyncio.timeout(limits.request_seconds):
+            payload = await stream.receive_as(FrameKind.PARTS_HEADER)
+        yield decode(PartsHeader, payload), stream
+
+
+async def receive_parts(stream: Stream, collection: Collection, wanted: range, *, limits: RoundLimits) -> None:
+    """Store what a peer hands out; BadPart or one of PEER_FAULTS if that is not what was asked for."""
+    max_bytes = NUMBER.size + collection.max_bytes()
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(2 * limits.chunk_seconds) as clock:
+        while True:
+            kind, payload = await stream.receive(max_bytes=max_bytes)
+            clock.reschedule(loop.time() + 2 * limits.chunk_seconds)
+            if kind == FrameKind.ENDING:
+                return
+            if kind != FrameKind.PART or len(payload) < NUMBER.size:
+                raise BadMessage(f"{kind.name.lower()} where a part was due")
+            (part,) = NUMBER.unpack_from(payload)
+            if part not in wanted:
+                raise BadMessage(f"part {part}, which was not asked for")
+            collection.store(part, payload[NUMBER.size :])
+
+
+def new_collection(header: PartsHeader, *, num_elements: int) -> Collection:
+    """An empty collection for what `header` announces; BadMessage if that cannot be an average of our vector."""
+    codec = CODECS.get(header.codec)
+    if codec is None:
+        raise BadMessage(f"codec {header.codec!r}")
+    try:
+        layout = Layout(bounds=tuple(header.bounds), part_elements=codec.part_elements)
+    except ValueError as exc:
+        raise BadMessage(str(exc)) from exc
+    if layout.num_elements != num_elements:
+        raise BadMessage(f"{layout.num_elements} elements, expected {num_elements}")
+    return Collection(layout, codec)
+
+
+class Repair:
+    """Looks for the missing parts of one round among its other members, until they are found or cannot be."""
+
+    def __init__(
+        self, p2p: P2P, *, protocol: str, request: PartsRequest, peers: Sequence[str], collection: Collection,
+        limits: RoundLimits, traffic: Traffic,
+    ) -> None:  # fmt: skip
+        """`request` names the round; its range is filled in here."""
+        self._p2p, self._protocol, self._request, self._peers = p2p, protocol, request, list(peers)
+        self._collection, self._limits, self._traffic = collection, limits, traffic
+
+    async def run(self, owner: int) -> None:
+        """Fill in `owner`'s slice as far as anybody can. Does not raise for what peers do."""
+        is_hopeless = 0
+        while (missing := self._collection.missing(owner)) and is_hopeless < 2:
+            hopes = [await self._ask(peer, missing) for peer in self._peers if self._collection.missing(owner)]
+            is_hopeless = 0 if any(hopes) else is_hopeless + 1
+            if self._collection.missing(owner):
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _ask(self, peer: str, missing: range) -> bool:
+        """Whether that peer had something, or may have it later."""
+        before = self._collection.num_missing
+        request = self._request.model_copy(update={"first": missing.start, "last": missing.stop})
+        try:
+            async with ask_for_parts(
+                self._p2p, peer, self._protocol, request, limits=self._limits, traffic=self._traffic
+            ) as (header, stream):
+                is_ours = header.codec == self._collection.codec.name
+                if header.is_known and is_ours and tuple(header.bounds) == self._collection.layout.bounds:
+                    await receive_parts(stream, self._collection, missing, limits=self._limits)
+                    return header.may_come or self._collection.num_missing < before
+        except (*PEER_FAULTS, BadPart) as exc:
+            logger.info("repair_failed peer=%s epoch=%d reason=%s", peer, request.epoch, type(exc).__name__)
+        return self._collection.num_missing < before

@@ -1,0 +1,270 @@
+"""One round of one member, from the group's beginning to the verdict."""
+
+import asyncio
+import hashlib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from hivemind.p2p import P2P
+
+from calm_ray.swarm.exchange_collect import Collection, Courier
+from calm_ray.swarm.exchange_frames import Stream, Traffic
+from calm_ray.swarm.exchange_messages import Opening, PartsRequest
+from calm_ray.swarm.exchange_reduce import ReducerDesk, refuse
+from calm_ray.swarm.exchange_repair import Kept, Repair
+from calm_ray.swarm.group import Group
+from calm_ray.swarm.part_codecs import MAX_VALUE, PartCodec, Vector, is_sane
+from calm_ray.swarm.parts import Layout
+from calm_ray.swarm.reducer import Reduction
+from calm_ray.swarm.verdict import Outcome, RoundResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What this peer brings: `vector`, shape (num_elements,), or None for a reader; and why, if it had more."""
+
+    vector: Vector | None
+    weight: float
+    objection: str = ""
+
+
+def check_contribution(vector: torch.Tensor | None, *, weight: float, max_weight: float) -> Contribution:
+    """Stop what is not finite, or absurd, before it is sent: then we only read. Takes a pass over the vector."""
+    if vector is None or weight == 0:
+        return Contribution(vector=None, weight=0.0)
+    if not (math.isfinite(weight) and 0 < weight <= max_weight):
+        return Contribution(
+            vector=None, weight=0.0, objection=f"own weight {weight:g}, expected at most {max_weight:g}"
+        )
+    values = vector.detach().numpy()
+    if not is_sane(values):
+        return Contribution(
+            vector=None, weight=0.0, objection=f"own vector: a value is not finite, or larger than {MAX_VALUE:.0f}"
+        )
+    return Contribution(vector=values, weight=weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocols:
+    """Names of the two libp2p protocols of a run."""
+
+    exchange: str
+    parts: str
+
+
+@dataclass
+class Round:
+    """`start` on the loop, then `run`; `serve` others from then until they hang up, even after `run` has returned."""
+
+    p2p: P2P
+    group: Group
+    own_id: str
+    protocols: Protocols
+    contribution: Contribution
+    codec: PartCodec
+    max_weight: float
+    num_elements: int
+    carried: Vector | None
+    """What our reductions still owe the average, times its weight, shape (num_elements,)."""
+    traffic: Traffic
+    handlers: set["asyncio.Task[None]"] = field(default_factory=set)
+
+    def start(self) -> None:
+        members, loop = self.group.members, asyncio.get_running_loop()
+        self.began = loop.time()
+        self.deadline = self.began + self.group.limits.round_seconds
+        self.layout = Layout.from_fractions(
+            [member.fraction for member in members],
+            num_elements=self.num_elements,
+            part_elements=self.codec.part_elements,
+        )
+        self.collection = Collection(self.layout, self.codec)
+        self.residual = (
+            np.zeros(self.num_elements, dtype=np.float32)
+            if self.codec.is_biased and self.contribution.vector is not None
+            else None
+        )
+        self.place = [member.peer_id for member in members].index(self.own_id)
+        self.desk = self._desk() if self.layout.parts_of(self.place) else None
+        self.work = asyncio.create_task(self.desk.work()) if self.desk else None
+        self.couriers = [
+            self._courier(place) for place in range(len(members)) if place != self.place and self.layout.parts_of(place)
+        ]
+
+    @property
+    def opening(self) -> Opening:
+        return Opening(
+            group_id=self.group.group_id.hex(),
+            kind=self.group.kind,
+            epoch=self.group.epoch,
+            weight=self.contribution.weight,
+            num_elements=self.num_elements,
+            codec=self.codec.name,
+        )
+
+    async def run(self) -> RoundResult:
+        """Bring, collect, repair, judge. Never longer than the round's time, and raises for no peer's fault."""
+        is_late = False
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                await asyncio.gather(*(self._collect_from(courier) for courier in self.couriers))
+                if self.work is not None:
+                    await asyncio.shield(self.work)
+        except TimeoutError:
+            is_late = True
+        return await self._judge(is_late=is_late)
+
+    async def serve(self, peer: str, opening: Opening, stream: Stream) -> None:
+        """Reduce for one caller. One of PEER_FAULTS if it breaks off."""
+        ours = self.opening.model_copy(update={"weight": opening.weight})
+        if self.desk is None or peer not in {member.peer_id for member in self.group.members}:
+            await refuse(stream, "not in this group" if self.desk else "I reduce nothing")
+        elif opening != ours:
+            self.desk.refuse_sender(peer, "its round differs from ours (kind, epoch, size or codec)")
+            await refuse(stream, "your round differs from mine (kind, epoch, size or codec)")
+        else:
+            await self.desk.serve(peer, opening, stream)
+
+    def kept(self, digest: str = "") -> Kept:
+        return Kept(
+            group_id=self.group.group_id.hex(), epoch=self.group.epoch, collection=self.collection, digest=digest
+        )
+
+    def is_served(self) -> bool:
+        """Whether nobody needs us any more: all who came have hung up, and the others had time enough to come."""
+        now, limits = asyncio.get_running_loop().time(), self.group.limits
+        if self.desk is None or now >= self.deadline:
+            return True
+        others = {member.peer_id for member in self.group.members} - {self.own_id}
+        has_come = self.desk.served == others or now > self.began + limits.request_seconds + limits.chunk_seconds
+        return has_come and not self.handlers
+
+    async def cancel(self) -> None:
+        """End everything that this round still does."""
+        tasks = [*self.handlers, *([self.work] if self.work else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _desk(self) -> ReducerDesk:
+        start, stop = self.layout.slice_of(self.place)
+        parts = self.layout.parts_of(self.place)
+        spans = [self.layout.span(part) for part in parts]
+        own, members = self.contribution.vector, self.group.members
+        is_sender = members[self.place].is_sender and own is not None
+        senders = {member.peer_id for member in members if member.is_sender} - {self.own_id}
+        reduction = Reduction(
+            spans=[(a - start, b - start) for a, b in spans],
+            senders=senders | {self.own_id} if is_sender else senders,
+            codec=self.codec,
+            max_weight=self.max_weight,
+            carried=self.carried[start:stop] if self.carried is not None else None,
+        )
+        if is_sender and own is not None:
+            reduction.contribute(self.own_id, own[start:stop], self.contribution.weight)
+        return ReducerDesk(
+            self.group,
+            reduction,
+            codec=self.codec,
+            on_part=lambda number, payload, decoded: self.collection.keep(parts[number], payload, decoded),
+        )
+
+    def _courier(self, place: int) -> Courier:
+        return Courier(
+            self.p2p,
+            protocol=self.protocols.exchange,
+            reducer=self.group.members[place].peer_id,
+            owner=place,
+            opening=self.opening,
+            vector=self.contribution.vector,
+            residual=self.residual,
+            collection=self.collection,
+            limits=self.group.limits,
+            traffic=self.traffic,
+        )
+
+    async def _collect_from(self, courier: Courier) -> None:
+        await courier.run()
+        if courier.failure is not None and courier.failure.outcome != "failed":
+            return  # nobody has what its reducer could not make
+        if self.collection.missing(courier.owner):
+            repair = Repair(
+                self.p2p,
+                protocol=self.protocols.parts,
+                request=PartsRequest(
+                    group_id=self.group.group_id.hex(), kind=self.group.kind, epoch=self.group.epoch, first=0, last=-1
+                ),
+                peers=self._likely_holders(),
+                collection=self.collection,
+                limits=self.group.limits,
+                traffic=self.traffic,
+            )
+            await repair.run(courier.owner)
+
+    def _likely_holders(self) -> list[str]:
+        """The other members, those who can be called first."""
+        others = [member for member in self.group.members if member.peer_id != self.own_id]
+        return [member.peer_id for member in sorted(others, key=lambda member: -member.fraction)]
+
+    async def _judge(self, *, is_late: bool) -> RoundResult:
+        outcome, detail = self._outcome(is_late=is_late)
+        average, digest = None, ""
+        if outcome == "averaged":
+            average = self.collection.average
+            digest = await asyncio.to_thread(digest_of, average)
+        weights, banned = self._witnessed()
+        return RoundResult(
+            outcome=outcome,
+            detail=detail,
+            average=torch.from_numpy(average) if average is not None else None,
+            digest=digest,
+            group_size=len(self.group.members),
+            num_senders=self.group.num_senders,
+            weights=weights,
+            total_weight=math.fsum(weights.values()),
+            banned=banned,
+            missing_fraction=self.collection.missing_fraction(),
+            seconds=asyncio.get_running_loop().time() - self.began,
+            residual=torch.from_numpy(self.residual) if average is not None and self.residual is not None else None,
+        )
+
+    def _outcome(self, *, is_late: bool) -> tuple[Outcome, str]:
+        if not self.collection.num_missing:
+            return "averaged", self.contribution.objection
+        failures = [courier.failure for courier in self.couriers if courier.failure is not None]
+        if self.desk is not None and self.desk.failure is not None:
+            failures.append(self.desk.failure)
+        for failure in sorted(failures, key=lambda failure: failure.outcome == "failed"):
+            if failure.outcome == "zero_weight" and self.contribution.objection:
+                return "non_finite", self.contribution.objection
+            if failure.outcome not in ("failed", "averaged"):
+                return failure.outcome, failure.detail
+        if is_late:
+            return "timeout", f"not done after {self.group.limits.round_seconds:.0f} s"
+        return "partial", "; ".join(failure.detail for failure in failures)[:400] or "a reducer was lost"
+
+    def _witnessed(self) -> tuple[Mapping[str, float], dict[str, str]]:
+        """Weights that we received, or else that every reducer says it received; and all that were banned."""
+        endings = [courier.ending for courier in self.couriers if courier.ending is not None]
+        banned = {peer: reason for ending in endings for peer, reason in ending.banned.items()}
+        if self.contribution.objection:
+            banned[self.own_id] = self.contribution.objection
+        if self.desk is not None and self.desk.reduction.is_complete:
+            banned |= self.desk.reduction.banned
+            return self.desk.reduction.weights(), banned
+        weights: dict[str, float] = dict(endings[0].weights) if endings else {}
+        for ending in endings[1:]:
+            common = weights.keys() & ending.weights.keys()
+            weights = {peer: min(weights[peer], ending.weights[peer]) for peer in common}
+        return weights, banned
+
+
+def digest_of(average: Vector) -> str:
+    """SHA-256 of a vector as little-endian fp32, in hex. Releases the GIL."""
+    return hashlib.sha256(average.astype("<f4", copy=False).data).hexdigest()
