@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from calm_ray.config import RunTable
-from calm_ray.swarm.rounds import StepRules
+from calm_ray.swarm.holder import StepRules
 from calm_ray.training.model import build_model, parameter_groups
 from calm_ray.training.optim import clip_gradient_, make_optimizer, make_schedule
 from calm_ray.training.prepare import load_bundle_model_config

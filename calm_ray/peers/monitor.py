@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
 """Between two tries to get a checkpoint's state."""
+DOWNLOAD_SECONDS = 600.0
+"""Of one state: 2 GB (ALBERT-large with LAMB has 216 MB) at 30 Mbit/s."""
 
 
 def run(context: PeerContext) -> None:
@@ -145,7 +147,7 @@ def write_one(context: PeerContext, spec: CheckpointSpec, min_epoch: int, swarm_
     shapes = [tuple(ours[name].shape) for name in names]
     state = download_state(
         context.swarm, min_epoch=min_epoch, max_bytes=16 * num_elements + (64 << 20),
-        timeout_seconds=run.averaging.averaging_timeout_seconds + 60,
+        timeout_seconds=DOWNLOAD_SECONDS,
         check=partial(check_state, shapes=shapes, swarm_epoch=swarm_epoch),
     )  # fmt: skip
     parameters: dict[str, Any] = dict(zip(names, state.tensors[: len(names)], strict=True))

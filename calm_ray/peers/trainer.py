@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from calm_ray.errors import CalmRayError
-from calm_ray.peers.auxiliary import round_counts
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.learner import make_learner
+from calm_ray.peers.round_facts import round_facts
 from calm_ray.report import EpochRecord
 from calm_ray.swarm.rounds import SwarmOptimizer
 from calm_ray.training.compute import choose_compute, describe_device
@@ -71,6 +71,7 @@ class Trainer:
         context.tell("training")
         while not context.stop.is_set() and optimizer.local_epoch < num_epochs:
             self.step()
+        self._on_epoch_end()
         if optimizer.local_epoch >= num_epochs:
             context.tell("waiting", "the run has reached its last epoch: thank you")
             context.publish()
@@ -79,13 +80,12 @@ class Trainer:
         optimizer.shutdown()
 
     def step(self) -> None:
-        """One micro-batch; at the end of an epoch this takes as long as averaging does."""
+        """One micro-batch. With `max_staleness = 0` the last of an epoch takes as long as averaging does."""
         if self.optimizer.awaits_full_peer:
             self._wait_for_full_peer()
-        epoch = self.optimizer.local_epoch
-        if epoch != self._tally.epoch:
-            self._tally = EpochTally(epoch)
-        result = self._source.step(epoch=epoch)
+        if self.optimizer.local_epoch != self._tally.epoch:
+            self._on_epoch_end()
+        result = self._source.step(epoch=self._tally.epoch)
         if not result.is_finite:
             if self._source.num_refused_in_a_row > MAX_REFUSED_IN_A_ROW:
                 raise CalmRayError(
@@ -97,8 +97,6 @@ class Trainer:
         self._tally.add(result)
         self.optimizer.step(batch_size=result.num_samples)
         self.optimizer.zero_grad()
-        if self.optimizer.local_epoch != epoch:
-            self._on_epoch_end()
 
     def _wait_for_full_peer(self) -> None:
         while self.optimizer.awaits_full_peer and not self._context.stop.is_set():
@@ -122,8 +120,8 @@ class Trainer:
     def _catch_up(self) -> None:
         """Load the swarm's state if it is ahead of us; gradients of older parameters help nobody."""
         self.optimizer.wait_for_swarm(timeout_seconds=FIRST_FETCH_SECONDS)
-        if self.optimizer.tracker.global_epoch > self.optimizer.local_epoch:
-            self._context.tell("joining", f"downloading the state of epoch {self.optimizer.tracker.global_epoch}")
+        if self.optimizer.swarm_epoch > self.optimizer.local_epoch:
+            self._context.tell("joining", f"downloading the state of epoch {self.optimizer.swarm_epoch}")
             self.optimizer.load_state_from_peers()
 
     def facts(self) -> dict[str, object]:
@@ -135,10 +133,8 @@ class Trainer:
             "epoch": epoch,
             "samples_accumulated": progress.samples_accumulated if progress.epoch == epoch else 0,
             "samples_per_second": progress.samples_per_second,
-            "samples_contributed": self.optimizer.rounds.samples_averaged,
             "last_epoch": record if record is not None and record.epoch < epoch else None,
-            "rounds": round_counts(self.optimizer),
-            "last_group_size": self.optimizer.rounds.last_group_size,
+            **round_facts(self.optimizer.rounds),
         }
 
 
@@ -152,10 +148,10 @@ def run(context: PeerContext) -> None:
     learner = make_learner(table, context.bundle, device=compute.device)
     optimizer = SwarmOptimizer(
         context.swarm, param_groups=learner.param_groups, rules=learner.rules, averaging=table.averaging,
-        target_batch_size=table.target_batch_size,
+        target_batch_size=table.target_batch_size, num_epochs=table.num_epochs, bandwidth_mbps=peer.bandwidth_mbps,
     )  # fmt: skip
-    # After hivemind's forks: from here on there are threads, and computing gives way. Starved of CPU, the processes
-    # that find groups are late, and groups fall apart; and a volunteer's desktop stays usable.
+    # For this thread, the one that computes: starved of CPU, those that find groups and average would be late for
+    # everyone else; and a volunteer's desktop stays usable.
     os.nice(COMPUTE_NICENESS)
     tokenizer, special_ids = load_bundle_tokenizer(context.bundle)
     seed = stream_seed(peer_id=context.swarm.peer_id, boot_id=context.boot_id)

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -207,25 +207,8 @@ class Exchange:
             carried[start:stop] = round_.desk.reduction.residual
 
     async def _on_exchange(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A member of a group wants our slice."""
         stream = Stream(reader, writer, Traffic())
-        with self._handling(stream):
-            async with asyncio.timeout(HANGUP_SECONDS):
-                opening = decode(Opening, await stream.receive_as(FrameKind.OPENING))
-            round_ = await self._round_of(opening.group_id)
-            if round_ is None:
-                async with asyncio.timeout(HANGUP_SECONDS):
-                    await refuse(stream, "I do not know this group, or it is over")
-                return
-            task = asyncio.current_task()
-            assert task is not None
-            stream.traffic = round_.traffic
-            round_.handlers.add(task)
-            try:
-                async with asyncio.timeout_at(round_.deadline):
-                    await round_.serve(str(info.peer_id.to_base58()), opening, stream)
-            finally:
-                round_.handlers.discard(task)
+        await self._handle(stream, self._reduce_for(str(info.peer_id.to_base58()), stream))
 
     async def _on_parts(
         self,
@@ -233,28 +216,49 @@ class Exchange:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        """Somebody wants averages that we may have."""
         stream = Stream(reader, writer, Traffic())
-        with self._handling(stream):
-            async with asyncio.timeout(HANGUP_SECONDS):
-                request = decode(PartsRequest, await stream.receive_as(FrameKind.PARTS_REQUEST))
-            kept = self._kept_for(request)
-            stream.traffic = self._traffic.get(request.kind, stream.traffic)
-            await hand_out_parts(stream, request, kept)
+        await self._handle(stream, self._hand_out_to(stream))
 
-    @contextlib.contextmanager
-    def _handling(self, stream: Stream) -> Iterator[None]:
-        """What every handler shares: it is known to `close`, lets go of its socket, and no peer can make it raise."""
-        task = asyncio.current_task()
-        assert task is not None
+    async def _handle(self, stream: Stream, job: Coroutine[None, None, None]) -> None:
+        """Serve one caller, in a task that `close` may cancel: asyncio complains of a cancelled connection handler."""
+        task = asyncio.create_task(job)
         self._handlers.add(task)
         try:
-            yield
-        except PEER_FAULTS as exc:
-            logger.info("caller_lost reason=%s: %s", type(exc).__name__, exc)
+            await asyncio.wait({task})
+            if not task.cancelled() and (error := task.exception()) is not None:
+                if not isinstance(error, PEER_FAULTS):
+                    logger.error("caller not served", exc_info=error)
+                logger.info("caller_lost reason=%s: %s", type(error).__name__, error)
         finally:
+            task.cancel()
             self._handlers.discard(task)
             stream.abort()
+
+    async def _reduce_for(self, peer: str, stream: Stream) -> None:
+        """A member of a group wants our slice."""
+        async with asyncio.timeout(HANGUP_SECONDS):
+            opening = decode(Opening, await stream.receive_as(FrameKind.OPENING))
+        round_ = await self._round_of(opening.group_id)
+        if round_ is None:
+            async with asyncio.timeout(HANGUP_SECONDS):
+                await refuse(stream, "I do not know this group, or it is over")
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        stream.traffic = round_.traffic
+        round_.handlers.add(task)
+        try:
+            async with asyncio.timeout_at(round_.deadline):
+                await round_.serve(peer, opening, stream)
+        finally:
+            round_.handlers.discard(task)
+
+    async def _hand_out_to(self, stream: Stream) -> None:
+        """Somebody wants averages that we may have."""
+        async with asyncio.timeout(HANGUP_SECONDS):
+            request = decode(PartsRequest, await stream.receive_as(FrameKind.PARTS_REQUEST))
+        stream.traffic = self._traffic.get(request.kind, stream.traffic)
+        await hand_out_parts(stream, request, self._kept_for(request))
 
     def _kept_for(self, request: PartsRequest) -> Kept | None:
         kept = self._kept.get(request.kind)

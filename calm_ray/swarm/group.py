@@ -30,6 +30,10 @@ class Group:
     epoch: int
     members: tuple[Member, ...]
     limits: RoundLimits
+    drift: float = 0.0
+    """Largest relative distance between two members' parameters, as their sketches say; 0: all the same."""
+    out_of_step: tuple[str, ...] = ()
+    """Members whose parameters are another model's: they bring nothing, and get the state anew after the round."""
 
     @property
     def num_senders(self) -> int:

@@ -98,7 +98,7 @@ class StateHolder:
     def set_epoch(self, epoch: int) -> None:
         """Move the epoch, and the learning rate with it."""
         self.epoch = epoch
-        while self._schedule._step_count <= epoch:  # type: ignore[attr-defined]  # as hivemind's state averager counts
+        while self._schedule._step_count <= epoch:  # as hivemind's state averager counts
             self._schedule.step()
 
     def norm(self) -> float:
@@ -140,13 +140,18 @@ class StateHolder:
         number = len(self.parameters)
         with self.lock, torch.no_grad():
             rates = [dict(group) for group in self.optimizer.param_groups]
-            load_optimizer_state(self.optimizer, state.optimizer_metadata, list(state.tensors[number:]))  # type: ignore[arg-type]
+            load_optimizer_state(self.optimizer, state.optimizer_metadata, list(state.tensors[number:]))
             for group, before in zip(self.optimizer.param_groups, rates, strict=True):
                 group.update({k: v for k, v in before.items() if k not in ("params", "step")})
             for parameter, loaded in zip(self.parameters, state.tensors[:number], strict=True):
                 parameter.copy_(loaded)
             self._rewind()
             self.set_epoch(state.epoch)
+
+    def load_parameters(self, vector: torch.Tensor) -> None:
+        """Replace the parameters by a flat vector; the optimizer's own state stays."""
+        with self.lock, torch.no_grad():
+            self.flat_parameters.copy_(vector)
 
     def _rewind(self) -> None:
         """Make the schedule anew, so that a state from before our epoch gets its own learning rate."""

@@ -1,46 +1,108 @@
-"""Where the swarm is, as its peers' progress records say: hivemind's tracker, made safe for swarms without a full peer.
+"""Where the swarm is, as its peers' progress records say: hivemind's tracker, made frugal, and safe without full peers.
+
+The records are hivemind's own (`{run_id}_progress`), so that any node of the DHT can read a run's progress.
 
 Only full peers can hand their state to newcomers, so stock takes the epoch from them alone. While every trainer is a
 client, stock lets each keep an epoch of its own and average gradients of unequal models, without a word. Here an epoch
-ends only if some full peer trains, and clients' epochs count while no full peer does: a newcomer then learns that
-nobody can give it the state, rather than start another model.
+ends only if some full peer holds the state (a trainer or an auxiliary peer), and clients' epochs count while no full
+peer trains: a newcomer then learns that nobody can give it the state, rather than start another model.
+
+Cost: each of N peers writes one record of about 400 bytes at most every MIN_REPORT_SECONDS, and reads all N of them
+every refresh, so the swarm moves about 400 N^2 bytes per refresh. The refresh period grows with N to bound that.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hivemind.optim.progress_tracker import GlobalTrainingProgress
+from hivemind.optim.progress_tracker import GlobalTrainingProgress, LocalTrainingProgress
 from hivemind.optim.progress_tracker import ProgressTracker as _ProgressTracker
+from hivemind.p2p import PeerID
+from hivemind.utils import get_dht_time
+
+MIN_REPORT_SECONDS = 0.5
+"""Readers extrapolate by each peer's rate between reports. Stock writes one for each micro-batch."""
+MIN_REPORTED_SHARE = 0.5
+MAX_RECORDS = 4096
+READS_PER_SECOND_AND_PEER = 0.01
+"""Bound on the N^2 term: with N records, wait at least N times this many seconds between two reads."""
 
 
 class ProgressTracker(_ProgressTracker):
-    """A follower (client or auxiliary peer) never ends an epoch on its own."""
+    """`records`: peer id -> its last progress record, ourselves included."""
 
-    def __init__(self, *args: Any, is_follower: bool, **kwargs: Any) -> None:
-        self._is_follower = is_follower
+    local_progress: LocalTrainingProgress
+
+    def __init__(self, *args: Any, has_holders: Callable[[], bool] = lambda: False, **kwargs: Any) -> None:
+        self._has_holders = has_holders
+        self._last_write = 0.0
+        self.records: Mapping[str, LocalTrainingProgress] = {}
         super().__init__(*args, **kwargs)
 
     @property
     def awaits_full_peer(self) -> bool:
-        """Whether this follower has nobody to follow."""
-        return self._is_follower and self.global_progress.num_clients >= self.global_progress.num_peers
+        """Whether we are a client, and nobody holds the state that clients step with."""
+        return (
+            self.client_mode
+            and self.global_progress.num_clients >= self.global_progress.num_peers
+            and not self._has_holders()
+        )
 
     @property
-    def ready_to_update_epoch(self) -> bool:
-        return super().ready_to_update_epoch and not self.awaits_full_peer
+    def is_epoch_full(self) -> bool:
+        """Whether the swarm has, by its records and rates, the samples of an epoch.
+
+        Rates alone do not fill one: trainers that have just left would otherwise go on in our extrapolation.
+        """
+        is_foreseen = get_dht_time() >= self.global_progress.eta_next_epoch and self.share_done >= MIN_REPORTED_SHARE
+        return (self.share_done >= 1 or is_foreseen) and not self.awaits_full_peer
 
     @property
-    def estimated_next_update_time(self) -> float:
-        return float("inf") if self.awaits_full_peer else float(super().estimated_next_update_time)
+    def share_done(self) -> float:
+        """How much of the epoch's samples the swarm has, by its records alone: 0 to 1 and more."""
+        return float(self.global_progress.samples_accumulated / self.target_batch_size)
+
+    def note_samples(self, number: int) -> None:
+        """Count towards our rate. For the computing thread, after each micro-batch."""
+        if number > 0:
+            self.performance_ema.update(number)
+
+    def report(self, *, epoch: int, samples_accumulated: int) -> None:
+        """Say where we are; written to the DHT at once if the epoch is new, else seldom."""
+        extra = samples_accumulated - self.local_progress.samples_accumulated
+        is_new_epoch = epoch != self.local_progress.epoch
+        if not is_new_epoch and epoch == self.global_progress.epoch:
+            self.global_progress.samples_accumulated += extra
+        self.local_progress = self._get_local_progress(epoch, samples_accumulated)
+        now = time.monotonic()
+        if is_new_epoch or now >= self._last_write + MIN_REPORT_SECONDS:
+            self._last_write = now
+            self.should_report_progress.set()
+
+    def begin_epoch(self, epoch: int, *, samples_accumulated: int = 0) -> None:
+        """We have stepped, or loaded a state: count towards `epoch` from now on."""
+        with self.lock_global_progress:
+            if epoch > self.global_progress.epoch:
+                self.global_progress.epoch = epoch
+                self.global_progress.samples_accumulated = 0
+                self.global_progress.eta_next_epoch = float("inf")
+                self.global_progress.next_fetch_time = get_dht_time() + self.min_refresh_period
+            self.report(epoch=epoch, samples_accumulated=samples_accumulated)
+            self.fetched_global_progress_this_epoch.clear()
 
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
-        entries = metadata if isinstance(metadata, Mapping) else {}
+        entries = dict(list(metadata.items())[:MAX_RECORDS]) if isinstance(metadata, Mapping) else {}
         present = [entry.value for entry in entries.values() if entry.value is not None]
+        records = map(LocalTrainingProgress.parse_obj, present)
+        self.records = {PeerID(record.peer_id).to_base58(): record for record in records}
         if not present or not all(value["client_mode"] for value in present):
-            return super()._parse_swarm_progress_data(metadata)
-        as_full = {
-            subkey: replace(entry, value=entry.value and {**entry.value, "client_mode": False})
-            for subkey, entry in entries.items()
-        }
-        return replace(super()._parse_swarm_progress_data(as_full), num_clients=len(present))
+            progress = super()._parse_swarm_progress_data(entries)
+        else:
+            as_full = {
+                subkey: replace(entry, value=entry.value and {**entry.value, "client_mode": False})
+                for subkey, entry in entries.items()
+            }
+            progress = replace(super()._parse_swarm_progress_data(as_full), num_clients=len(present))
+        patience = READS_PER_SECOND_AND_PEER * len(present)
+        return replace(progress, next_fetch_time=max(progress.next_fetch_time, get_dht_time() + patience))

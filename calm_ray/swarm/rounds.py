@@ -1,237 +1,434 @@
-"""The global step: accumulate towards the target batch, average with the swarm, step once, publish.
+"""The global step: accumulate, match, average, verify, step, publish.
 
-A thin subclass of `hivemind.Optimizer`. It counts each round by how it ended, steps only on what was really averaged
-(stock takes a step with zero gradients when averaging fails, and calls it "local gradients"), clips the *averaged*
-gradient, and gives up on state downloads after a few tries instead of looping for ever.
+One thread per peer walks through these stages; trainers compute meanwhile. What a round gives is either the swarm's
+average, the same bits on every member, or nothing: then the gradient goes back to where it came from, and the round is
+tried once more. Whoever misses a round reads its average from others, and downloads the whole state only if that fails.
+
+Rejected: `hivemind.Optimizer`. It steps with zero or local gradients when averaging fails, waits for matchmaking in the
+computing thread, keeps two forked processes that exchange tensors with it through shared memory, and cannot tell how a
+round went. See docs/decisions/0004.
 """
 
+import hashlib
 import logging
-import math
+import random
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
-from types import MethodType
+from enum import Enum
 from typing import Any
 
-import hivemind
 import torch
 
 from calm_ray.errors import StateUnavailable
-from calm_ray.swarm.averagers import GradientAverager, RoundVerdict, TrainingStateAverager
-from calm_ray.swarm.codecs import gradient_codec
+from calm_ray.swarm.accumulator import Accumulator, Contribution
+from calm_ray.swarm.averaging import OwnAveraging, schema_of
+from calm_ray.swarm.catchup import Catcher
+from calm_ray.swarm.donor import TrainingStateAverager
+from calm_ray.swarm.holder import StateHolder, StepRules
+from calm_ray.swarm.matchmaking import Behind
 from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.progress import ProgressTracker
+from calm_ray.swarm.roster import Roster
+from calm_ray.swarm.sketch import Sketch
+from calm_ray.swarm.tally import RoundTally
+from calm_ray.swarm.verdict import RoundResult
 from calm_ray.tables import AveragingTable
 
 logger = logging.getLogger(__name__)
 
-MAX_STATE_TRIES = 5
-"""Downloads of the state before a peer gives up and lets its watchdog restart it."""
-STATE_PAUSE_SECONDS = 2.0
-
-MakeOptimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRules:
-    """What the training code wants to happen around the global step. Plain callables: the swarm knows no model."""
-
-    make_optimizer: MakeOptimizer
-    make_schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-    before_step: Callable[[list[torch.Tensor]], float]
-    """Gets the averaged gradients, may change them in place (clip), returns their norm. Not finite: no step."""
-
-
-@dataclass(kw_only=True)
-class RoundTally:
-    """Gradient rounds by outcome: averaged, partial, alone, failed, nonfinite."""
-
-    by_outcome: Counter[str] = field(default_factory=Counter)
-    last_group_size: int = 0
-    samples_averaged: int = 0
-    """Our samples that went into whole rounds: what a volunteer contributed."""
+POLL_SECONDS = 0.1
+IGNORE_SECONDS = 30.0
+"""Somebody claims an epoch that nobody can show: do not believe in it for so long."""
+MAX_CALLED_SHARE = 0.5
+"""A peer's call for a round is heeded once the swarm has this share of the epoch's samples."""
+PARK_SECONDS = 5.0
+"""With max_staleness = 0, how long a round waits for the micro-batch under way."""
+BACKOFF_SECONDS = 1.0
+MAX_WEIGHT_IN_BATCHES = 4
+"""No peer can honestly have more samples than a few target batches."""
+MAX_ERRORS_IN_A_ROW = 5
+STOP_SECONDS = 6.0
+REFRESH_SECONDS = {"lan": 1.0, "internet": 5.0, "slow": 10.0}
+SERVE_TIMEOUT_SECONDS = 15.0
 
 
-class SwarmOptimizer(hivemind.Optimizer):
-    """`step(batch_size=n)` after each micro-batch; blocks at epoch boundaries while the swarm averages."""
+class Stage(Enum):
+    """Where the rounds thread is."""
 
-    scheduled_grads: Any
-    """Stock's control of the next round, or None."""
+    ACCUMULATE = "accumulate"
+    MATCH = "match"
+    AVERAGE = "average"
+    STEP = "step"
+    CATCH_UP = "catch up"
+
+
+class SwarmOptimizer:
+    """`step(batch_size=n)` after each micro-batch. Auxiliary peers only `start()` it, and hold the state.
+
+    `num_epochs`: no step beyond it. `on_round` gets (result, epoch) of every gradient round, on the rounds thread.
+    """
 
     def __init__(
         self, swarm: Swarm, *, param_groups: Iterable[dict[str, Any]], rules: StepRules, averaging: AveragingTable,
-        target_batch_size: int, is_auxiliary: bool = False,
+        target_batch_size: int, num_epochs: int | None = None, is_auxiliary: bool = False,
+        bandwidth_mbps: float | None = None,
     ) -> None:  # fmt: skip
-        self.rounds = RoundTally()
-        self._rules = rules
-        self._should_skip_step = False
-        request_timeout = min(3.0, averaging.matchmaking_seconds / 2)  # longer than matchmaking can deadlock it
-        super().__init__(
-            dht=swarm.dht,
-            run_id=swarm.run_id,
-            target_batch_size=target_batch_size,
-            params=tuple(param_groups),
-            optimizer=self._make_guarded_optimizer,
-            scheduler=rules.make_schedule,
-            matchmaking_time=averaging.matchmaking_seconds,
-            averaging_timeout=averaging.averaging_timeout_seconds,
-            # Stock takes matchmaking_time, too short on a busy machine: the sender is banned, the round partial.
-            next_chunk_timeout=averaging.averaging_timeout_seconds / 4,
-            offload_optimizer=True,  # the optimizer works on the buffers that are averaged; the model gets a copy
-            delay_state_averaging=False,
-            average_state_every=averaging.average_state_every,
-            # Never leave this to its default: an inverted test in stock turns None into a crash of every client.
-            client_mode=swarm.is_client_mode,
-            auxiliary=is_auxiliary,
-            grad_compression=gradient_codec(averaging.compression),
-            grad_averager_factory=partial(GradientAverager, request_timeout=request_timeout),
-            averager_opts={"request_timeout": request_timeout},
-            tracker_opts={
-                "private_key": swarm.key,
-                "min_refresh_period": 0.3,
-                "default_refresh_period": min(3.0, averaging.matchmaking_seconds / 2),
-                "max_refresh_period": min(10.0, averaging.matchmaking_seconds),
-            },
-        )
+        self.swarm, self.rounds, self.stage = swarm, RoundTally(), Stage.ACCUMULATE
+        self.on_round: list[Callable[[RoundResult, int], None]] = []
+        self._table, self._is_auxiliary, self._target = averaging, is_auxiliary, target_batch_size
+        self._num_epochs = num_epochs
+        self.holder = StateHolder(param_groups, rules=rules, should_offload=averaging.offload_optimizer)
+        self._accumulator = None if is_auxiliary else Accumulator(self.holder.model_parameters)
+        self._contribution: Contribution | None = None
+        self._epoch = self._model_epoch = 0
+        self._sketch: Sketch | None = None
+        self._called_epoch, self._not_before = -1, 0.0
+        self._ignored: tuple[int, float] = (-1, 0.0)
+        self._is_first_state = True
+        self._failure: Exception | None = None
+        self._boundary = threading.Condition()
+        self._should_park = self._is_parked = False  # the computing thread waits while a round is on: max_staleness = 0
+        self._stop, self._wake, self._started = threading.Event(), threading.Event(), threading.Event()
 
-    # --- hooks of hivemind.Optimizer ---------------------------------------------------------------------------------
-
-    def _make_state_averager(self, **kwargs: Any) -> TrainingStateAverager:
-        return TrainingStateAverager(
-            dht=self.dht,
-            prefix=state_prefix(self.run_id),
-            min_matchmaking_time=self.matchmaking_time,
-            allreduce_timeout=self.allreduce_timeout,
-            shutdown_timeout=self.shutdown_timeout,
-            offload_optimizer=self.offload_optimizer,
-            custom_gradients=self.offload_optimizer,
-            status_loglevel=self.status_loglevel,
-            next_chunk_timeout=self.next_chunk_timeout,
-            client_mode=self.client_mode,
-            auxiliary=self.auxiliary,
-            start=True,
-            **kwargs,
-        )
-
-    def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> ProgressTracker:
-        return ProgressTracker(
-            self.dht, self.run_id, target_batch_size, client_mode=self.client_mode,
-            is_follower=self.client_mode or self.auxiliary, status_loglevel=self.status_loglevel, start=True, **kwargs,
+        self.roster = Roster(swarm, refresh_seconds=REFRESH_SECONDS[averaging.network])
+        self.tracker = ProgressTracker(
+            swarm.dht, swarm.run_id, target_batch_size, client_mode=swarm.is_client_mode, start=True,
+            has_holders=lambda: bool(self.roster.holders), private_key=swarm.key, min_refresh_period=0.3,
+            default_refresh_period=REFRESH_SECONDS[averaging.network],
+            max_refresh_period=2 * REFRESH_SECONDS[averaging.network],
         )  # fmt: skip
-
-    def _make_guarded_optimizer(self, param_groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-        optimizer = self._rules.make_optimizer(param_groups)
-        unguarded = optimizer.step
-
-        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if self._should_skip_step:
-                return None
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if not math.isfinite(self._rules.before_step(gradients)):
-                self._count("nonfinite")
-                return None
-            return unguarded(*args, **kwargs)
-
-        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # torch's schedulers want a method
-        return optimizer
-
-    def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
-        if self.scheduled_grads is not None and (self.scheduled_grads.triggered or self.scheduled_grads.done()):
-            self.scheduled_grads = None  # its group fell apart: look for a new one, stock would go on alone
-        self._should_skip_step = False
-        self._samples_at_stake = 0 if self.auxiliary else self.grad_averager.local_samples_accumulated
-        began = bool(super()._begin_averaging_gradients(grad_scaler))
-        if not began:
-            outcome = "alone" if self.tracker.global_progress.num_peers <= 1 else "failed"
-            self._should_skip_step = outcome == "failed"  # stock would step on our own gradient and leave the swarm
-            self._count(outcome)
-            logger.info("round epoch=%d outcome=%s reason='not begun'", self.local_epoch, outcome)
-        return began
-
-    def _average_gradients_and_load_into_optimizer(self, maybe_step_control: Any) -> None:
-        """Replaces stock's: a round that failed moves nobody, and every outcome is counted and logged."""
-        try:
-            gathered = maybe_step_control.result(self.averaging_timeout)
-            verdict: RoundVerdict = gathered.verdict
-        except Exception as exc:  # noqa: BLE001  whatever ended the round, it did not average
-            self._should_skip_step = True
-            self._count("failed")
-            logger.warning("round epoch=%d outcome=failed reason=%r", self.local_epoch, exc)
-            return
-        self.rounds.last_group_size = verdict.group_size
-        outcome = _outcome(verdict)
-        # A group that fell apart: we and an auxiliary peer, while others train. Our gradient alone is not the swarm's.
-        is_cut_off = outcome == "alone" and self.tracker.global_progress.num_peers > 1
-        self._should_skip_step = is_cut_off or outcome == "nonfinite"
-        if verdict.is_whole:
-            self.rounds.samples_averaged += self._samples_at_stake
-        self._count(outcome)
-        self.grad_averager.notify_used_averaged_gradients()
-        logger.info(
-            "round epoch=%d outcome=%s group_size=%d received=%.3f banned=%d samples=%d",
-            self.local_epoch, outcome, verdict.group_size, verdict.received_fraction, verdict.num_banned,
-            self._samples_at_stake,
+        self._donor = TrainingStateAverager(lambda: self.holder.snapshot())
+        self.averaging = OwnAveraging(
+            swarm, num_elements=self.holder.num_elements, tracker=self.tracker, roster=self.roster,
+            schema=schema_of(
+                [tuple(p.shape) for p in self.holder.parameters], compression=averaging.compression,
+                optimizer=type(self.holder.optimizer).__name__,
+            ),
+            table=averaging, epoch=lambda: self.holder.epoch, sketch=self._current_sketch, on_knock=self._on_knock,
+            is_auxiliary=is_auxiliary, max_weight=float(MAX_WEIGHT_IN_BATCHES * target_batch_size),
+            bandwidth=None if bandwidth_mbps is None else bandwidth_mbps * 1e6 / 8,
         )  # fmt: skip
+        self._catcher = Catcher(swarm, holder=self.holder, averaging=self.averaging)
+        if not swarm.is_client_mode:
+            swarm.call(lambda p2p: self._donor.serve(p2p, run_id=swarm.run_id), timeout_seconds=SERVE_TIMEOUT_SECONDS)
+        self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
+        self._thread.start()
 
-    def assist(self) -> None:
-        """An auxiliary peer's `step()`. One that missed a boundary follows; stock would average it once more."""
-        if self.tracker.global_epoch > self.local_epoch:
-            with self.tracker.pause_updates():
-                self.state_averager.local_epoch = self.tracker.global_epoch
-                self.tracker.update_epoch(self.tracker.global_epoch)
-        else:
-            self.step()
+    # --- the computing thread ----------------------------------------------------------------------------------------
+
+    @property
+    def local_epoch(self) -> int:
+        return self._epoch
 
     @property
     def awaits_full_peer(self) -> bool:
         """Whether we have done our part of the epoch, and no full peer is there to end it with."""
-        return self.tracker.awaits_full_peer and self.local_progress.samples_accumulated >= self.target_batch_size
+        return self.tracker.awaits_full_peer and self.tracker.local_progress.samples_accumulated >= self._target
+
+    def start(self) -> None:
+        """Take part in rounds from now on, and offer our state. `step` does it by itself."""
+        if not self._started.is_set():
+            if not self.swarm.is_client_mode:
+                self.roster.offer(lambda: self._epoch + (0.5 if self._is_auxiliary else 0.0))
+            self._started.set()
+
+    def step(self, *, batch_size: int) -> None:
+        """Count the gradients in `.grad`, means over `batch_size` samples. Blocks only if max_staleness = 0.
+
+        Afterwards the model has the newest parameters. Raises what ended the rounds thread, if something did.
+        """
+        assert self._accumulator is not None, "auxiliary peers have no gradients"
+        self.start()
+        self.tracker.note_samples(batch_size)
+        with self._boundary:
+            if self._failure is not None:
+                raise self._failure
+            if self._epoch - self._model_epoch <= self._table.max_staleness:
+                self._accumulator.add(batch_size)
+            else:
+                self.rounds.samples_dropped += batch_size
+            if self._contribution is None:
+                self.tracker.report(epoch=self._epoch, samples_accumulated=self._accumulator.num_samples)
+        if self._table.max_staleness == 0:
+            self._wait_for_round()
+        self._refresh_model()
+
+    def zero_grad(self) -> None:
+        for parameter in self.holder.model_parameters:
+            parameter.grad = None
+
+    def _wait_for_round(self) -> None:
+        if self.tracker.is_epoch_full and time.monotonic() >= self._not_before:
+            self._wake.set()
+            self._should_park = True
+        if not self._should_park:
+            return
+        with self._boundary:
+            self._is_parked = True
+            self._boundary.notify_all()
+            while self._should_park and not self._stop.is_set() and self._failure is None:
+                self._boundary.wait(1.0)
+            self._is_parked = False
+        self.tracker.performance_ema.reset_timer()
+
+    def _refresh_model(self) -> None:
+        if self._model_epoch != self._epoch:
+            with self.holder.lock:
+                self.holder.copy_to_model()
+                self._model_epoch = self.holder.epoch
 
     def wait_for_swarm(self, *, timeout_seconds: float) -> None:
-        """Let the tracker read the swarm's progress once, so that `tracker.global_epoch` is more than our own guess."""
+        """Let tracker and roster read the swarm's records once, so that what they say is more than our own guess."""
         self.tracker.fetched_global_progress_this_epoch.wait(timeout_seconds)
+        self.roster.refresh(timeout_seconds=timeout_seconds)
 
-    def _count(self, outcome: str) -> None:
-        self.rounds.by_outcome[outcome] += 1
+    @property
+    def swarm_epoch(self) -> int:
+        """The newest epoch that anybody claims."""
+        return max([self.tracker.global_epoch, *(holder.epoch for holder in self.roster.holders.values())])
 
-    def load_state_from_peers(self, **kwargs: Any) -> None:
-        """Download parameters and optimizer state, at most MAX_STATE_TRIES times; StateUnavailable after that."""
-        if self.scheduled_grads is not None and not self.scheduled_grads.done():
-            self._tag_along_with_zero_weight(self.scheduled_grads)
-            self.scheduled_grads = None
-        self.state_averager.step(wait_for_delayed_updates=True)
-        with self.tracker.pause_updates():
-            for attempt in range(MAX_STATE_TRIES):
-                if attempt:
-                    time.sleep(STATE_PAUSE_SECONDS * attempt)  # donors may be averaging: give them time to finish
-                try:
-                    self.state_averager.load_state_from_peers(timeout=self.load_state_timeout, **kwargs)
-                except Exception as exc:  # noqa: BLE001  a donor's failure of any kind: try again
-                    logger.warning("load_state failed: %r", exc)
-                if self.local_epoch >= self.tracker.global_epoch - 1:
-                    break
-            else:
-                raise StateUnavailable(
-                    f"no peer gave us the state of epoch {self.tracker.global_epoch} in {MAX_STATE_TRIES} tries; "
-                    "are there full peers that train, or only clients?"
-                )
-            self.state_averager.local_epoch = max(self.local_epoch, self.tracker.global_epoch)
-            self.tracker.report_local_progress(local_epoch=self.local_epoch, samples_accumulated=0)
-            self.grad_averager.reset_accumulated_grads_()
-            if not self.client_mode:
-                self.state_averager.state_sharing_priority = self.local_epoch
+    def load_state_from_peers(self) -> None:
+        """Become what the swarm is, before `start`; StateUnavailable after some tries."""
+        self._download(min_epoch=self._epoch)
+        self._refresh_model()
+
+    def shutdown(self) -> None:
+        """Leave: withdraw our records, finish or leave the round, linger for groupmates. Some seconds at most."""
+        self._stop.set()
+        self._wake.set()
+        self.tracker.shutdown(2.0)
+        self.roster.close()
+        with self._boundary:
+            self._boundary.notify_all()
+        self._thread.join(timeout=STOP_SECONDS)
+        self.averaging.close()
+
+    # --- the rounds thread -------------------------------------------------------------------------------------------
+
+    def _on_knock(self, epoch: int) -> None:
+        self._called_epoch = epoch
+        self._wake.set()
+
+    def _run(self) -> None:
+        num_errors = 0
+        while not self._stop.is_set():
+            self._wake.wait(POLL_SECONDS)
+            self._wake.clear()
+            try:
+                if self._started.is_set():
+                    self._tick()
+                num_errors = 0
+            except StateUnavailable as exc:
+                self._fail(exc)
+                return
+            except Exception as exc:
+                num_errors += 1
+                logger.exception("rounds thread: error %d in a row", num_errors)
+                if num_errors >= MAX_ERRORS_IN_A_ROW:
+                    self._fail(exc)
+                    return
+                time.sleep(BACKOFF_SECONDS)
+            finally:
+                self._unpark()
+                self.stage = Stage.ACCUMULATE
+
+    def _fail(self, error: Exception) -> None:
+        with self._boundary:
+            self._failure = error
+            self._boundary.notify_all()
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the rounds thread, for peers that never call `step`."""
+        return self._failure
+
+    def _tick(self) -> None:
+        epoch, global_epoch = self._epoch, self.tracker.global_epoch
+        if global_epoch > epoch and not (global_epoch <= self._ignored[0] and time.monotonic() < self._ignored[1]):
+            self._catch_up(global_epoch)
+        elif self._is_due(epoch) and time.monotonic() >= self._not_before:
+            self._end_epoch(epoch)
+
+    def _is_due(self, epoch: int) -> bool:
+        if self._is_auxiliary and not self.tracker.records:
+            return False  # nobody trains
+        if self._num_epochs is not None and epoch >= self._num_epochs:
+            return False  # the run is over
+        is_called = self._called_epoch == epoch and self.tracker.share_done >= MAX_CALLED_SHARE
+        return is_called or self.tracker.is_epoch_full
+
+    def _end_epoch(self, epoch: int) -> None:
+        for _ in range(2):  # retried once: most failures are one peer's, and it will not come again
+            if not self.averaging.has_company():
+                self.roster.refresh(timeout_seconds=2.0)
+                if not self.averaging.has_company():
+                    self._end_epoch_alone(epoch)
+                    return
+            try:
+                result = self._average(epoch)
+            except Behind as exc:
+                self._catch_up(exc.epoch)
+                if self._epoch <= epoch:
+                    self.averaging.matchmaker.distrust(exc.peer_id)
+                return
+            if result.average is not None:
+                self._step(epoch, result.average)
+                return
+            if self._stop.is_set():
+                return
+        self._not_before = time.monotonic() + BACKOFF_SECONDS * random.uniform(1.0, 2.0)
+
+    def _average(self, epoch: int) -> RoundResult:
+        """One try. The gradient goes back into the accumulator unless the round is true."""
+        self.stage = Stage.MATCH
+        self._should_park = self._table.max_staleness == 0
+        self._donor.pause()
+        is_used = False
+        try:
+            result = self.averaging.average("gradients", epoch, self._take)
+            is_used = result.is_true
+            self._count(epoch, result)
+            return result
+        finally:
+            self._donor.resume()
+            self._settle(is_used=is_used)
+
+    def _take(self) -> tuple[torch.Tensor, float] | None:
+        """What we bring, at the moment the group stands."""
+        self.stage = Stage.AVERAGE
+        if self._accumulator is None:
+            return None
+        with self._boundary:
+            if self._should_park:
+                self._boundary.wait_for(lambda: self._is_parked or self._stop.is_set(), PARK_SECONDS)
+            self._contribution = self._accumulator.take()
+        if self._contribution is None:
+            return None
+        return self._contribution.vector, float(self._contribution.num_samples)
+
+    def _settle(self, *, is_used: bool) -> None:
+        with self._boundary:
+            if self._contribution is not None and not is_used and self._accumulator is not None:
+                self._accumulator.give_back(self._contribution)
+            self._contribution = None
+
+    def _count(self, epoch: int, result: RoundResult) -> None:
+        group, own = self.averaging.last_group, self.swarm.peer_id
+        is_counted = result.average is not None and own not in result.banned
+        if result.outcome != "alone" and group is not None and own in group.out_of_step:
+            is_counted = False
+        num_samples = self._contribution.num_samples if self._contribution is not None else 0
+        self.rounds.note(epoch, result, num_samples=num_samples, is_counted=is_counted)
+        if result.residual is not None and self._accumulator is not None:
+            self._accumulator.carry(result.residual)
+        for callback in self.on_round:
+            callback(result, epoch)
+
+    def _end_epoch_alone(self, epoch: int) -> None:
+        """Nobody else is there: the swarm is we. An auxiliary peer then has nothing to step with."""
+        self._should_park = self._table.max_staleness == 0
+        taken = self._take()
+        if taken is None:
+            return
+        vector, weight = taken
+        result = RoundResult(
+            outcome="alone", average=vector, digest=digest_of(vector), group_size=1, num_senders=1,
+            total_weight=weight, weights={self.swarm.peer_id: weight}, detail="nobody else is there",
+        )  # fmt: skip
+        self._count(epoch, result)
+        self._settle(is_used=True)
+        self._step(epoch, vector)
+
+    def _step(self, epoch: int, average: torch.Tensor) -> None:
+        self.stage = Stage.STEP
+        group = self.averaging.last_group
+        if not self.holder.step(average):
+            self.rounds.by_outcome["non_finite"] += 1
+            logger.warning("epoch=%d not stepped: the averaged gradient's norm is not finite", epoch)
+        self._maybe_average_state(epoch + 1)
+        self._publish()
+        if group is not None and self.swarm.peer_id in group.out_of_step:
+            logger.warning("epoch=%d our parameters are not the swarm's: downloading its state", epoch)
+            self._download(min_epoch=self._epoch)
+
+    def _maybe_average_state(self, epoch: int) -> None:
+        """Remove drift: unlike CPUs give unlike last bits. All members of the last group decide alike."""
+        group = self.averaging.last_group
+        is_due = epoch % self._table.average_state_every == 0 and group is not None and group.drift > 0
+        if not is_due or self.swarm.peer_id in (group.out_of_step if group else ()):
+            self.averaging.matchmaker.close_state_round(epoch)
+            return
+        self._sketch = None
+        try:
+            result = self.averaging.average("state", epoch, lambda: (self.holder.flat_parameters.clone(), 1.0))
+        except Behind:
+            result = RoundResult(outcome="failed", detail="others have averaged without us")
+        self.rounds.state_by_outcome[result.outcome] += 1
+        self.averaging.matchmaker.close_state_round(epoch)
+        logger.info("state round epoch=%d outcome=%s group_size=%d", epoch, result.outcome, result.group_size)
+        if result.average is not None:
+            self.holder.load_parameters(result.average)
+
+    def _publish(self) -> None:
+        """Whatever the holder has now is the swarm's state at its epoch, and ours."""
+        self._sketch = None
+        self._current_sketch()
+        self.rounds.parameter_norm = self._current_sketch().norm
+        with self._boundary:
+            self._epoch = self.holder.epoch
+            num_samples = self._accumulator.num_samples if self._accumulator is not None else 0
+            self.tracker.begin_epoch(self._epoch, samples_accumulated=num_samples)
+        self.roster.wake()
+
+    def _unpark(self) -> None:
+        if self._should_park:
+            with self._boundary:
+                self._should_park = False
+                self._boundary.notify_all()
+
+    def _current_sketch(self) -> Sketch:
+        sketch = self._sketch
+        if sketch is None:
+            with self.holder.lock:
+                sketch = self._sketch = Sketch.of(self.holder.flat_parameters)
+        return sketch
+
+    # --- behind ------------------------------------------------------------------------------------------------------
+
+    def _catch_up(self, global_epoch: int) -> None:
+        """Others have stepped without us: read the average that we missed, or download the state."""
+        self.stage = Stage.CATCH_UP
+        holders = self.roster.refresh(timeout_seconds=2.0)
+        ahead = [peer for peer, holder in holders.items() if holder.epoch > self._epoch]
+        if not ahead:
+            logger.warning("epoch %d is claimed, and no peer offers a state of it: going on", global_epoch)
+            self._ignored = (global_epoch, time.monotonic() + IGNORE_SECONDS)
+            return
+        average = self._catcher.read_late(ahead, epoch=self._epoch) if global_epoch == self._epoch + 1 else None
+        if average is None:
+            self._download(min_epoch=self._epoch + 1)
+            return
+        self.rounds.num_late_reads += 1
+        if self._table.max_staleness == 0:
+            self._drop_samples()
+        self.averaging.last_group = None
+        self._step(self._epoch, average)
+
+    def _download(self, *, min_epoch: int) -> None:
+        state = self._catcher.download(min_epoch=min_epoch, stop=self._stop)
+        self.holder.load(state)
+        self._drop_samples()
+        self.rounds.num_resyncs += not self._is_first_state
+        self._is_first_state = False
+        self._publish()
+
+    def _drop_samples(self) -> None:
+        if self._accumulator is not None:
+            with self._boundary:
+                self.rounds.samples_dropped += self._accumulator.clear()
 
 
-def _outcome(verdict: RoundVerdict) -> str:
-    if not verdict.is_finite:
-        return "nonfinite"
-    if verdict.num_senders <= 1:
-        return "alone"
-    return "averaged" if verdict.is_whole else "partial"
-
-
-def state_prefix(run_id: str) -> str:
-    """DHT prefix under which a run's training state is averaged and offered."""
-    return f"{run_id}_state_averager"
+def digest_of(vector: torch.Tensor) -> str:
+    """SHA-256 (hex) of a flat fp32 vector, little-endian as all machines we run on."""
+    return hashlib.sha256(vector.contiguous().numpy().tobytes()).hexdigest()

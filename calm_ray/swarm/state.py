@@ -6,7 +6,9 @@ is decoded with msgpack and hivemind's tensor codecs, nothing is unpickled; size
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import math
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +21,10 @@ from hivemind.utils import MSGPackSerializer
 from hivemind.utils.streaming import combine_from_streaming
 
 from calm_ray.errors import StateUnavailable
-from calm_ray.swarm.averagers import TrainingStateAverager
+from calm_ray.swarm.donor import TrainingStateAverager
+from calm_ray.swarm.holder import HeldState
 from calm_ray.swarm.node import Swarm
-from calm_ray.swarm.rounds import state_prefix
+from calm_ray.swarm.roster import parse_roster, state_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +33,26 @@ CHUNK_TIMEOUT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingState:
+class TrainingState(HeldState):
     """One peer's state as it was when it began to send."""
 
     donor: str
-    epoch: int
-    optimizer_metadata: list[dict[str, Any]]
-    tensors: Sequence[torch.Tensor]
 
 
 def download_state(
     swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float, only_from: str | None = None,
     check: Callable[[TrainingState], None] = lambda state: None,
 ) -> TrainingState:  # fmt: skip
-    """Ask donors in the order of their epochs; StateUnavailable with what each said if none gives a usable state.
+    """Ask donors, auxiliary peers first; StateUnavailable with what each said if none gives a usable state.
 
     `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor. `only_from`
     names the one donor to ask. `check` raises to refuse a state: a donor that claims the newest epoch and sends rubbish
     is asked first each time, and must not keep us from the others.
     """
     problems = []
-    for donor in swarm.donors(state_prefix(swarm.run_id)):
-        if only_from is not None and str(donor) != only_from:
-            continue
+    for donor in _donors(swarm, only_from=only_from):
         try:
-            download = partial(_download, donor=donor, run_id=swarm.run_id, max_bytes=max_bytes)
+            download = partial(_download, donor=PeerID.from_base58(donor), run_id=swarm.run_id, max_bytes=max_bytes)
             state = swarm.call(download, timeout_seconds=timeout_seconds)
             check(state)
         except Exception as exc:  # noqa: BLE001  one donor's failure of any kind: ask the next
@@ -67,14 +65,22 @@ def download_state(
     raise StateUnavailable(f"no state of epoch {min_epoch} or later: {'; '.join(problems) or 'no peer offers one'}")
 
 
+def _donors(swarm: Swarm, *, only_from: str | None) -> list[str]:
+    """Newest epoch first; at one epoch auxiliary peers first, who compute nothing; else at random."""
+    entries = swarm.get(f"{state_prefix(swarm.run_id)}.all_averagers")
+    holders = parse_roster(entries, own_peer_id=swarm.peer_id)
+    order = {peer: (h.epoch, h.is_auxiliary, secrets.randbits(16)) for peer, h in holders.items()}
+    return sorted((p for p in order if only_from in (None, p)), key=order.__getitem__, reverse=True)
+
+
 async def _download(p2p: P2P, *, donor: PeerID, run_id: str, max_bytes: int) -> TrainingState:
     stub = TrainingStateAverager.get_stub(p2p, donor, namespace=state_prefix(run_id))
     stream = aiter(await stub.rpc_download_state(averaging_pb2.DownloadRequest()))
     metadata: dict[str, Any] | None = None
     parts: list[Any] = []
     tensors: list[torch.Tensor] = []
-    received = 0
-    while True:
+    received, num_missing_chunks = 0, 0
+    while metadata is None or num_missing_chunks or len(tensors) + 1 < metadata.get("num_tensors", math.inf):
         try:
             message = await asyncio.wait_for(anext(stream), CHUNK_TIMEOUT_SECONDS)
         except StopAsyncIteration:
@@ -88,6 +94,7 @@ async def _download(p2p: P2P, *, donor: PeerID, run_id: str, max_bytes: int) -> 
             tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
             parts = []
         parts.append(message.tensor_part)
+        num_missing_chunks = (message.tensor_part.chunks or num_missing_chunks) - 1
     if parts:
         tensors.append(deserialize_torch_tensor(combine_from_streaming(parts)))
     if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):

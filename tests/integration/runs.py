@@ -50,8 +50,7 @@ learning_rate = 1e-2
 decay_epochs = 1000
 
 [run.averaging]
-matchmaking_seconds = 2.0
-averaging_timeout_seconds = 20.0
+network = "lan"
 compression = "{compression}"
 
 [peer]

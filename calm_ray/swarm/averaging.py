@@ -1,0 +1,224 @@
+"""One call per round on our own wire: find the group, bring the vector, get the average and the verdict.
+
+Blocking for the caller; inside, coroutines on the swarm's loop. `stock.py` gives the same call on hivemind's wire.
+"""
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from hivemind.utils import get_dht_time
+
+from calm_ray.swarm.exchange import Exchange
+from calm_ray.swarm.group import Group, Kind, Member
+from calm_ray.swarm.health import RoundFact, RoundHealth, after_round
+from calm_ray.swarm.limits import RoundLimits, round_limits
+from calm_ray.swarm.matchmaking import Key, Matchmaker, NoGroup
+from calm_ray.swarm.messages import Ticket
+from calm_ray.swarm.node import Swarm
+from calm_ray.swarm.progress import ProgressTracker
+from calm_ray.swarm.roster import Roster
+from calm_ray.swarm.shares import balance
+from calm_ray.swarm.sketch import TOLERANCE, Sketch, judge, reference_of, relative_distance
+from calm_ray.swarm.verdict import RoundResult
+from calm_ray.tables import AveragingTable
+
+logger = logging.getLogger(__name__)
+
+LIVE_SECONDS = 15.0
+"""A trainer whose last record is older than this is not waited for; records come with each micro-batch."""
+NUM_MEASURED = 20
+BYTES_PER_ELEMENT = {"none": 4, "fp16": 2, "8bit": 1}
+SERVE_TIMEOUT_SECONDS = 15.0
+SETTLE_SECONDS = 30.0
+"""More than a round's own limits before we take our own loop to be stuck."""
+
+Take = Callable[[], tuple[torch.Tensor, float] | None]
+"""Called when the group stands: (flat vector, weight), or None to only receive."""
+
+
+class Averaging(Protocol):
+    """What the step controller needs of a wire."""
+
+    def average(self, kind: Kind, epoch: int, take: Take) -> RoundResult:
+        """One round. Blocks, within bounds; raises Behind if others are past it, nothing else of others' making."""
+        ...
+
+    def has_company(self) -> bool:
+        """Whether anybody else is there to average with."""
+        ...
+
+
+class OwnAveraging:
+    """Our own wire. `epoch`, `sketch` and `on_knock` are the controller's."""
+
+    def __init__(
+        self, swarm: Swarm, *, num_elements: int, schema: bytes, table: AveragingTable, tracker: ProgressTracker,
+        roster: Roster, epoch: Callable[[], int], sketch: Callable[[], Sketch], on_knock: Callable[[int], None],
+        is_auxiliary: bool, max_weight: float, bandwidth: float | None,
+    ) -> None:  # fmt: skip
+        self._swarm, self._table, self._tracker, self._roster = swarm, table, tracker, roster
+        self._num_elements, self._schema, self._sketch = num_elements, schema, sketch
+        self._is_auxiliary, self._max_weight, self._bandwidth = is_auxiliary, max_weight, bandwidth
+        self._is_reachable = not swarm.is_client_mode
+        self._measured: deque[float] = deque(maxlen=NUM_MEASURED)
+        self._absent: dict[str, float] = {}
+        self._epoch = epoch
+        self.health = RoundHealth()
+        self.last_group: Group | None = None
+        self.exchange = Exchange(num_elements={"gradients": num_elements, "state": num_elements})
+        self.matchmaker = Matchmaker(
+            run_id=swarm.run_id, schema=schema, epoch=epoch, form=self._form,
+            on_knock=lambda key: on_knock(key[1]) if key[0] == "gradients" else None,
+        )  # fmt: skip
+        swarm.loop.run(self._serve(), timeout_seconds=SERVE_TIMEOUT_SECONDS)
+
+    async def _serve(self) -> None:
+        p2p = await self._swarm.p2p()
+        await self.matchmaker.serve(p2p, is_reachable=self._is_reachable)
+        await self.exchange.serve(p2p, namespace=self._swarm.run_id, is_reachable=self._is_reachable)
+
+    # --- who is there ------------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> list[str]:
+        trainers = [peer for peer, record in self._tracker.records.items() if not record.client_mode]
+        return [*trainers, *self._roster.holders]
+
+    def _expected(self, kind: Kind = "gradients") -> dict[str, bool]:
+        """Peers that should come to this epoch's round, and whether they can be called."""
+        if kind == "state":  # decided by the group that has just stepped
+            members = self.last_group.members if self.last_group else ()
+            return {m.peer_id: m.fraction > 0 for m in members if m.peer_id != self._swarm.peer_id}
+        epoch, now, expected = self._epoch(), get_dht_time(), {}
+        for peer, record in self._tracker.records.items():
+            is_live = now - record.time < LIVE_SECONDS and record.time > self._absent.get(peer, 0.0)
+            if record.epoch == epoch and is_live:
+                expected[peer] = not record.client_mode
+        for peer, holder in self._roster.holders.items():
+            if holder.is_auxiliary and abs(holder.epoch - epoch) <= 1 and holder.epoch > self._absent.get(peer, -1.0):
+                expected[peer] = True
+        expected.pop(self._swarm.peer_id, None)
+        return expected
+
+    def has_company(self) -> bool:
+        return bool(self._expected())
+
+    def _note_absent(self, group: Group | None) -> None:
+        """Do not wait again for those who did not come, until they show a sign of life."""
+        present = {member.peer_id for member in group.members} if group else set()
+        for peer in self._expected().keys() - present:
+            record, holder = self._tracker.records.get(peer), self._roster.holders.get(peer)
+            self._absent[peer] = record.time if record else float(holder.epoch if holder else 0)
+        for peer in present & self._absent.keys():
+            del self._absent[peer]
+
+    # --- one round ---------------------------------------------------------------------------------------------------
+
+    def limits(self, kind: Kind) -> RoundLimits:
+        codec = self._codec(kind)
+        return round_limits(
+            num_bytes=self._num_elements * BYTES_PER_ELEMENT[codec], num_members=len(self._expected()) + 1,
+            network=self._table.network, slowest_bandwidth=self._bandwidth,
+            measured_seconds=tuple(self._measured) if kind == "gradients" else (),
+            matchmaking_seconds=self._table.matchmaking_seconds,
+            averaging_timeout_seconds=self._table.averaging_timeout_seconds,
+            matchmaking_factor=self.health.matchmaking.factor, averaging_factor=self.health.averaging.factor,
+        )  # fmt: skip
+
+    def _note(self, result: RoundResult, group: Group | None, *, num_live: int) -> None:
+        """Learn from a gradient round: who did not come, how long it took, whether the times were long enough."""
+        self._note_absent(group)
+        num_slow = sum("slow" in reason or "silent" in reason for reason in result.banned.values())
+        fact = RoundFact(
+            outcome=result.outcome, group_size=len(group.members) if group else 0, num_live=num_live,
+            num_too_slow=num_slow,
+        )  # fmt: skip
+        before, self.health = self.health, after_round(self.health, fact)
+        if self.health.advice and self.health.advice != before.advice:
+            logger.warning("health %s", self.health.advice)
+        if result.is_true and not num_slow:
+            self._measured.append(result.seconds)
+
+    def average(self, kind: Kind, epoch: int, take: Take) -> RoundResult:
+        limits = self.limits(kind)
+        bound = limits.matchmaking_seconds + 2 * limits.round_seconds + SETTLE_SECONDS
+        try:
+            return self._swarm.loop.run(self._average(kind, epoch, take, limits), timeout_seconds=bound)
+        except TimeoutError:
+            return RoundResult(outcome="failed", detail=f"our own loop was stuck for {bound:.0f} s")
+
+    async def _average(self, kind: Kind, epoch: int, take: Take, limits: RoundLimits) -> RoundResult:
+        ticket = Ticket(
+            kind=kind, epoch=epoch, schema=self._schema, is_sender=kind == "state" or not self._is_auxiliary,
+            can_reduce=self._is_reachable, bandwidth=self._bandwidth, sketch=self._sketch().to_bytes(),
+        )  # fmt: skip
+        num_live = len(self._expected()) + 1
+        try:
+            group = await self.matchmaker.find(
+                ticket, candidates=self._candidates, expected=lambda: self._expected(kind), limits=limits
+            )
+        except NoGroup as exc:
+            result = RoundResult(outcome=exc.outcome, detail=str(exc), group_size=1)
+            if kind == "gradients":
+                self._note(result, None, num_live=num_live)
+            return result
+        try:
+            self.last_group = group
+            contribution = await asyncio.get_running_loop().run_in_executor(None, take)
+            vector, weight = contribution if contribution is not None else (None, 0.0)
+            if self._swarm.peer_id in group.out_of_step:
+                vector, weight = None, 0.0
+            max_weight = self._max_weight if kind == "gradients" else 1.0
+            result = await self.exchange.run(
+                group, vector=vector, weight=weight, codec=self._codec(kind), max_weight=max_weight
+            )
+        finally:
+            self.matchmaker.done()
+        if kind == "gradients":
+            self._note(result, group, num_live=num_live)
+        return result
+
+    def _codec(self, kind: Kind) -> str:
+        return self._table.compression if kind == "gradients" else "none"
+
+    def _form(self, key: Key, tickets: Mapping[str, Ticket]) -> Group:
+        """For the leader: who takes which share, who is out of step, and how long everything may take."""
+        peers = sorted(tickets)
+        sketches = {peer: _sketch_of(tickets[peer]) for peer in peers}
+        known = [sketch for sketch in sketches.values() if sketch is not None]
+        reference = reference_of(known)
+        astray = [p for p in peers if (s := sketches[p]) is None or judge(s, known) == "out_of_step"]
+        drift = max(relative_distance(reference, s) for p, s in sketches.items() if s is not None and p not in astray)
+        is_sender = [tickets[p].is_sender and p not in astray for p in peers]
+        fractions = balance(
+            [tickets[p].bandwidth for p in peers], is_sender=is_sender,
+            can_reduce=[tickets[p].can_reduce for p in peers],
+        )  # fmt: skip
+        members = tuple(
+            Member(peer_id=p, is_sender=sends, fraction=f)
+            for p, sends, f in zip(peers, is_sender, fractions, strict=True)
+        )
+        return Group(
+            group_id=secrets.token_bytes(16), kind=key[0], epoch=key[1], members=members,
+            limits=self.limits(key[0]), drift=drift, out_of_step=tuple(astray),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._swarm.loop.run(self.exchange.close(), timeout_seconds=SERVE_TIMEOUT_SECONDS)
+
+
+def _sketch_of(ticket: Ticket) -> Sketch | None:
+    try:
+        return Sketch.from_bytes(ticket.sketch)
+    except ValueError:
+        return None
+
+
+def schema_of(shapes: list[tuple[int, ...]], *, compression: str, optimizer: str) -> bytes:
+    """What must be equal for two peers to average: a digest of the parameters' shapes, the codec and the optimizer."""
+    return hashlib.sha256(f"{shapes}/{compression}/{optimizer}/{TOLERANCE}".encode()).digest()

@@ -1,0 +1,346 @@
+"""Find each other for a round: everyone asks the same leader, who begins when all are there or waited for long enough.
+
+hivemind's peers announce themselves in the DHT, poll it for others, and follow whoever expires first: with starts some
+seconds apart, groups fall into pieces (3 + 2 of 5), and an epoch cannot be shorter than the polling. Here the leader of
+a round follows from what all know: full peers ranked by a hash of run, round and peer id. Whoever cannot reach the
+first asks the next; a leader that learns of a better one sends its followers there. Ranks only ever decrease along the
+way, so nobody waits in a circle. Cost: one request per member and round, and N members of about 70 bytes to each of N.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+# hivemind tells a stream by typing's alias, and only by that.
+from typing import Any, AsyncIterator  # noqa: UP035
+
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
+
+from calm_ray.swarm.group import Group, Kind
+from calm_ray.swarm.limits import RoundLimits
+from calm_ray.swarm.messages import (
+    Malformed,
+    Ticket,
+    pack,
+    pack_group,
+    pack_ticket,
+    unpack,
+    unpack_group,
+    unpack_ticket,
+)
+from calm_ray.swarm.verdict import Outcome
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[Kind, int]
+TICK_SECONDS = 0.1
+RETRY_SECONDS = 0.3
+RELOOK_SECONDS = 0.5
+"""How often a leader looks whether a better one has come up."""
+SUSPECT_SECONDS = 30.0
+"""A peer that did not answer is asked last for so long."""
+HANG_UP_SECONDS = 10.0
+MAX_HOPS = 4
+
+
+class NoGroup(Exception):
+    """Nobody to average with this time."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome: Outcome = outcome
+
+
+class Behind(Exception):
+    """The round that we looked for is over elsewhere."""
+
+    def __init__(self, epoch: int, peer_id: str) -> None:
+        super().__init__(f"{peer_id} is at epoch {epoch}")
+        self.epoch, self.peer_id = epoch, peer_id
+
+
+def rank_of(peer_id: str, *, run_id: str, key: Key) -> bytes:
+    """Smallest leads. Changes with every round, so the work goes round too."""
+    return hashlib.sha256(f"{run_id}/{key[0]}/{key[1]}/{peer_id}".encode()).digest()
+
+
+def should_begin(*, num_here: int, num_missing: int, age: float, quorum_age: float | None, limits: RoundLimits) -> bool:
+    """Whether a leader goes ahead. `quorum_age`: seconds since most of those expected were there, None if not yet."""
+    if num_here < 2 or num_here <= num_missing:
+        return False  # a minority must not step: the others may be doing so already
+    if num_missing == 0 or age >= limits.matchmaking_seconds:
+        return True
+    return quorum_age is not None and quorum_age >= limits.grace_seconds
+
+
+class Gathering:
+    """Those who asked us to lead one round, and what we heard from those whom we asked to come."""
+
+    def __init__(self) -> None:
+        self.tickets: dict[str, Ticket] = {}
+        self.opened_at = time.monotonic()
+        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.called: set[str] = set()
+        self.unreachable: set[str] = set()
+        self.is_begun_elsewhere = False
+        self.behind: Behind | None = None
+
+
+class Matchmaker(ServicerBase):
+    """All methods run on the swarm's loop. `epoch` and `on_knock` are the controller's."""
+
+    def __init__(
+        self, *, run_id: str, schema: bytes, epoch: Callable[[], int], on_knock: Callable[[Key], None],
+        form: Callable[[Key, Mapping[str, Ticket]], Group],
+    ) -> None:  # fmt: skip
+        self._run_id, self._schema, self._epoch, self._on_knock, self._form = run_id, schema, epoch, on_knock, form
+        self._gatherings: dict[Key, Gathering] = {}
+        self._leaders: dict[Key, str] = {}
+        self._suspects: dict[str, float] = {}
+        self._closed_states: set[int] = set()
+        self._active: Key | None = None
+        self._p2p: P2P | None = None
+        self._own_id = ""
+        self._is_served = False
+
+    async def serve(self, p2p: P2P, *, is_reachable: bool) -> None:
+        self._p2p, self._own_id, self._is_served = p2p, p2p.peer_id.to_base58(), is_reachable
+        if is_reachable:
+            await self.add_p2p_handlers(p2p, namespace=self._run_id)
+
+    # --- what others ask ---------------------------------------------------------------------------------------------
+
+    async def rpc_join_round(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """Answer `refused`, `over`, `redirect`, or `accepted` and then `begin`. The caller hangs up."""
+        peer_id = context.remote_id.to_base58()
+        try:
+            ticket = unpack_ticket(request.value)
+        except Malformed as exc:
+            yield _message("refused", why=f"malformed: {exc}")
+            await asyncio.sleep(HANG_UP_SECONDS)
+            return
+        key: Key = (ticket.kind, ticket.epoch)
+        gathering, refusal = self._admit(key, ticket)
+        if gathering is None:
+            yield refusal
+            await asyncio.sleep(HANG_UP_SECONDS)
+            return
+        gathering.tickets[peer_id] = ticket
+        try:
+            self._on_knock(key)
+            yield _message("accepted")
+            yield BytesValue(value=await asyncio.shield(gathering.answer))
+            await asyncio.sleep(HANG_UP_SECONDS)
+        finally:
+            if not gathering.answer.done():
+                gathering.tickets.pop(peer_id, None)
+
+    def _admit(self, key: Key, ticket: Ticket) -> tuple[Gathering | None, BytesValue]:
+        kind, epoch = key
+        if ticket.schema != self._schema:
+            return None, _message("refused", why="another model, optimizer or compression: compare the run's config")
+        if epoch < self._epoch() or (kind == "state" and epoch in self._closed_states):
+            return None, _message("over", epoch=self._epoch())
+        if epoch > self._epoch():
+            return None, _message("refused", why="not there yet")
+        if key in self._leaders:
+            return None, _message("redirect", to=self._leaders[key])
+        gathering = self._gatherings.get(key)
+        if gathering is None:
+            self._gatherings = {k: g for k, g in self._gatherings.items() if k[1] >= epoch}  # what is over may go
+            gathering = self._gatherings[key] = Gathering()
+        if gathering.answer.done():
+            return None, _message("refused", why="begun")
+        return gathering, BytesValue()
+
+    async def rpc_call_round(self, request: BytesValue, context: P2PContext) -> BytesValue:  # noqa: ARG002
+        """A leader says that a round is due: those whose view of the swarm is older hear of it at once."""
+        with contextlib.suppress(Malformed):
+            fields = unpack(request.value)
+            if fields.get("kind") == "gradients" and fields.get("epoch") == self._epoch():
+                self._on_knock(("gradients", self._epoch()))
+        return BytesValue(value=pack(epoch=self._epoch(), active=list(self._active or ())))
+
+    # --- what we do --------------------------------------------------------------------------------------------------
+
+    def distrust(self, peer_id: str) -> None:
+        """`peer_id` says that a round is over, and cannot show it: do not listen to it for a while."""
+        self._suspects[peer_id] = time.monotonic() + SUSPECT_SECONDS
+
+    def done(self) -> None:
+        """The round that `find` found a group for is over, whatever came of it."""
+        self._active = None
+
+    def close_state_round(self, epoch: int) -> None:
+        """We will not average parameters at `epoch` any more: whoever asks is told at once."""
+        self._closed_states = {e for e in self._closed_states if e >= epoch - 2} | {epoch}
+
+    async def find(
+        self, ticket: Ticket, *, candidates: Callable[[], Iterable[str]], expected: Callable[[], Mapping[str, bool]],
+        limits: RoundLimits,
+    ) -> Group:  # fmt: skip
+        """The group of (ticket.kind, ticket.epoch). Raises NoGroup, or Behind if others are past it.
+
+        `candidates`: full peers, in any order; `expected`: peers that should come, and whether they can be called.
+        Both are asked again and again.
+        """
+        key: Key = (ticket.kind, ticket.epoch)
+        deadline = time.monotonic() + limits.matchmaking_seconds
+        try:
+            while True:
+                group = await self._follow_somebody(ticket, key, candidates, limits, deadline)
+                if group is None and self._is_served:
+                    group = await self._lead(ticket, key, candidates, expected, limits, deadline)
+                if group is not None:
+                    self._active = key
+                    return group
+                if time.monotonic() >= deadline:
+                    alone = self._is_served or any(True for _ in candidates())
+                    raise NoGroup("timeout" if alone else "only_clients", "nobody to average with was found in time")
+                await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            self._leaders.pop(key, None)
+            self._close(key, _message("refused", why="gave up").value)
+
+    def _better(self, key: Key, candidates: Iterable[str]) -> list[str]:
+        """Whom to ask before leading ourselves, best first; those who did not answer lately come last."""
+        own = rank_of(self._own_id, run_id=self._run_id, key=key)
+        now = time.monotonic()
+        self._suspects = {peer: until for peer, until in self._suspects.items() if until > now}
+        ranks = {p: rank_of(p, run_id=self._run_id, key=key) for p in set(candidates) if p != self._own_id}
+        sound = sorted((p for p in ranks if p not in self._suspects), key=ranks.__getitem__)
+        if self._is_served:
+            return [p for p in sound if ranks[p] < own]
+        return sound + sorted(self._suspects.keys() & ranks.keys(), key=ranks.__getitem__)
+
+    async def _follow_somebody(
+        self, ticket: Ticket, key: Key, candidates: Callable[[], Iterable[str]], limits: RoundLimits, deadline: float
+    ) -> Group | None:
+        for candidate in self._better(key, candidates()):
+            leader: str | None = candidate
+            for _ in range(MAX_HOPS):
+                if leader is None or leader == self._own_id:
+                    break
+                answer = await self._ask(leader, ticket, key, limits, deadline)
+                if isinstance(answer, Group):
+                    return answer
+                leader = answer
+        return None
+
+    async def _ask(
+        self, leader: str, ticket: Ticket, key: Key, limits: RoundLimits, deadline: float
+    ) -> Group | str | None:
+        """Ask `leader` for a place: the group; another leader to ask; or None. Raises Behind."""
+        assert self._p2p is not None
+        stream: Any = None
+        try:
+            stub = self.get_stub(self._p2p, PeerID.from_base58(leader), namespace=self._run_id)
+            async with asyncio.timeout(limits.request_seconds):
+                stream = await stub.rpc_join_round(BytesValue(value=pack_ticket(ticket)))
+                fields = unpack((await anext(stream)).value)
+            if fields.get("type") == "accepted":
+                self._leaders[key] = leader
+                self._close(key, _message("redirect", to=leader).value)
+                patience = max(0.0, deadline - time.monotonic()) + limits.grace_seconds + limits.request_seconds
+                async with asyncio.timeout(patience):
+                    fields = unpack((await anext(stream)).value)
+            return self._understand(fields, leader, key)
+        except Behind:
+            raise
+        except Exception as exc:  # noqa: BLE001  whatever a stranger's peer does, it is not our leader
+            logger.info("matchmaking kind=%s epoch=%d leader=%s problem=%r", *key, leader, exc)
+            self._suspects[leader] = time.monotonic() + SUSPECT_SECONDS
+            return None
+        finally:
+            self._leaders.pop(key, None)
+            if stream is not None:
+                with contextlib.suppress(Exception):
+                    await stream.aclose()
+
+    def _understand(self, fields: dict[str, Any], leader: str, key: Key) -> Group | str | None:
+        match fields.get("type"):
+            case "begin":
+                return unpack_group(fields, kind=key[0], epoch=key[1], own_peer_id=self._own_id)
+            case "over":
+                epoch = fields.get("epoch")
+                if not isinstance(epoch, int) or epoch < key[1]:
+                    raise Malformed("over")
+                raise Behind(epoch, leader)
+            case "redirect":
+                to = fields.get("to")
+                return to if isinstance(to, str) and len(to) <= 64 else None
+            case "refused":
+                logger.debug("matchmaking kind=%s epoch=%d leader=%s refused=%r", *key, leader, fields.get("why"))
+                return None
+        raise Malformed("type")
+
+    async def _lead(
+        self, ticket: Ticket, key: Key, candidates: Callable[[], Iterable[str]],
+        expected: Callable[[], Mapping[str, bool]], limits: RoundLimits, deadline: float,
+    ) -> Group | None:  # fmt: skip
+        """Collect followers until it is time to begin; None if a better leader has come up, or nobody came."""
+        gathering = self._gatherings.get(key)
+        if gathering is None or gathering.answer.done():
+            gathering = self._gatherings[key] = Gathering()
+        gathering.tickets[self._own_id] = ticket
+        quorum_at, relook_at = None, time.monotonic() + RELOOK_SECONDS
+        while (now := time.monotonic()) < deadline + TICK_SECONDS:
+            awaited = expected()
+            missing = awaited.keys() - gathering.tickets.keys() - gathering.unreachable
+            for peer_id in missing - gathering.called:
+                gathering.called.add(peer_id)
+                if not awaited[peer_id]:
+                    continue
+                asyncio.get_running_loop().create_task(self._call(peer_id, key, gathering, limits))
+            if gathering.behind is not None:
+                raise gathering.behind
+            if gathering.is_begun_elsewhere:
+                gathering.called.clear()
+                return None
+            num_here = len(gathering.tickets)
+            if quorum_at is None and num_here >= 2 and num_here > len(missing):
+                quorum_at = now
+            age, quorum_age = now - gathering.opened_at, None if quorum_at is None else now - quorum_at
+            if should_begin(num_here=num_here, num_missing=len(missing), age=age, quorum_age=quorum_age, limits=limits):
+                group = self._form(key, dict(gathering.tickets))
+                gathering.answer.set_result(pack_group(group))
+                return group
+            if now >= relook_at:
+                relook_at = now + RELOOK_SECONDS
+                if self._better(key, candidates()):
+                    return None
+            await asyncio.sleep(TICK_SECONDS / 2)
+        return None
+
+    def _close(self, key: Key, answer: bytes) -> None:
+        """Send our followers of a round away. One that has begun stays, so that latecomers are told so."""
+        gathering = self._gatherings.get(key)
+        if gathering is not None and not gathering.answer.done():
+            gathering.tickets.pop(self._own_id, None)
+            gathering.answer.set_result(answer)
+            del self._gatherings[key]
+
+    async def _call(self, peer_id: str, key: Key, gathering: Gathering, limits: RoundLimits) -> None:
+        """Ask somebody to come to our round. Who cannot be reached is not waited for, unless it comes by itself."""
+        assert self._p2p is not None
+        try:
+            stub = self.get_stub(self._p2p, PeerID.from_base58(peer_id), namespace=self._run_id)
+            message = BytesValue(value=pack(kind=key[0], epoch=key[1]))
+            fields = unpack((await stub.rpc_call_round(message, timeout=limits.request_seconds)).value)
+        except Exception as exc:  # noqa: BLE001  dead, a client, not of this run: it may still come by itself
+            logger.debug("matchmaking kind=%s epoch=%d call=%s problem=%r", *key, peer_id, exc)
+            gathering.unreachable.add(peer_id)
+            return
+        epoch = fields.get("epoch")
+        if isinstance(epoch, int) and epoch > key[1] and peer_id not in self._suspects:
+            gathering.behind = Behind(epoch, peer_id)
+        elif fields.get("active") == list(key):
+            gathering.is_begun_elsewhere = True
+
+
+def _message(kind: str, **fields: Any) -> BytesValue:
+    return BytesValue(value=pack(type=kind, **fields))
