@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,68 +18,86 @@ from calm_ray.swarm.verdict import RoundResult
 
 T = TypeVar("T")
 
-NAMESPACE = "tiny"
 MAX_WEIGHT = 1000.0
 STARTUP_SECONDS = 60.0
+TEST_SECONDS = 100.0
 
 LIMITS = RoundLimits(
-    request_seconds=5.0, matchmaking_seconds=5.0, grace_seconds=1.0, chunk_seconds=20.0, round_seconds=60.0
+    request_seconds=10.0, matchmaking_seconds=10.0, grace_seconds=1.0, chunk_seconds=20.0, round_seconds=60.0
 )
 
 
 @dataclass(kw_only=True)
 class Peer:
-    """A member with a daemon of its own."""
+    """A member with a daemon of its own; `exchange` belongs to one test's run."""
 
     p2p: P2P
     exchange: Exchange
-    name: str = field(init=False)
+    namespace: str
 
-    def __post_init__(self) -> None:
-        self.name = self.p2p.peer_id.to_base58()
-
-
-def run(test: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine to its end, as `asyncio.run`."""
-    return asyncio.run(test())
+    @property
+    def name(self) -> str:
+        return str(self.p2p.peer_id.to_base58())
 
 
-@contextlib.asynccontextmanager
-async def daemons(count: int) -> AsyncIterator[list[P2P]]:
-    """`count` libp2p daemons that know each other; shut down at the end."""
-    started: list[P2P] = []
-    try:
-        for number in range(count):
-            bootstrap = [str(a) for a in await started[0].get_visible_maddrs()] if started else None
-            started.append(
-                await P2P.create(
-                    initial_peers=bootstrap, auto_nat=False, nat_port_map=False, startup_timeout=STARTUP_SECONDS,
-                )
-            )  # fmt: skip
-            assert number == len(started) - 1
-        yield started
-    finally:
-        for p2p in started:
-            await p2p.shutdown()
+@dataclass
+class Loopback:
+    """Daemons that live as long as a test module; each costs most of a second to start."""
 
+    loop: asyncio.AbstractEventLoop
+    daemons: list[P2P] = field(default_factory=list)
+    _runs: Iterator[int] = field(default_factory=itertools.count)
 
-@contextlib.asynccontextmanager
-async def peers(
-    count: int, *, num_elements: int, clients: Sequence[int] = (), kind: Kind = "gradients"
-) -> AsyncIterator[list[Peer]]:
-    """`count` peers ready for rounds; those whose numbers are in `clients` answer no calls."""
-    async with daemons(count) as found:
-        members = [Peer(p2p=p2p, exchange=Exchange(num_elements={kind: num_elements})) for p2p in found]
-        for number, peer in enumerate(members):
-            await peer.exchange.serve(peer.p2p, namespace=NAMESPACE, is_reachable=number not in clients)
+    def run(self, test: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(test, TEST_SECONDS))
+
+    @contextlib.asynccontextmanager
+    async def peers(
+        self, count: int, *, num_elements: int, clients: Collection[int] = (), strangers: Collection[int] = ()
+    ) -> AsyncIterator[list[Peer]]:
+        """`count` peers of a run of their own. Clients answer no calls; of strangers there is only the daemon."""
+        while len(self.daemons) < count:
+            self.daemons.append(await start_daemon(self.daemons[:1]))
+        namespace = f"run{next(self._runs)}"
+        sizes: dict[Kind, int] = {"gradients": num_elements, "state": num_elements}
+        found = [
+            Peer(p2p=p2p, exchange=Exchange(num_elements=sizes), namespace=namespace) for p2p in self.daemons[:count]
+        ]
+        served = [peer for number, peer in enumerate(found) if number not in strangers]
+        for peer in served:
+            await peer.exchange.serve(
+                peer.p2p, namespace=namespace, is_reachable=found.index(peer) not in clients
+            )
         try:
-            yield members
+            yield found
         finally:
-            await asyncio.gather(*(peer.exchange.close() for peer in members))
+            await asyncio.gather(*(peer.exchange.close() for peer in served))
+
+
+@contextlib.contextmanager
+def loopback() -> Iterator[Loopback]:
+    """For a module's fixture."""
+    loop = asyncio.new_event_loop()
+    net = Loopback(loop)
+    try:
+        yield net
+    finally:
+        for p2p in net.daemons:
+            loop.run_until_complete(p2p.shutdown())
+        loop.run_until_complete(asyncio.sleep(0.1))
+        loop.close()
+
+
+async def start_daemon(known: Sequence[P2P] = ()) -> P2P:
+    """A daemon that is connected to those in `known`."""
+    bootstrap = [str(address) for p2p in known for address in await p2p.get_visible_maddrs()]
+    return await P2P.create(
+        initial_peers=bootstrap or None, auto_nat=False, nat_port_map=False, startup_timeout=STARTUP_SECONDS
+    )
 
 
 def group_of(
-    members: Sequence[Peer], *, fractions: Sequence[float], senders: Sequence[int], epoch: int = 7,
+    members: Sequence[Peer], *, fractions: Sequence[float], senders: Collection[int], epoch: int = 7,
     limits: RoundLimits = LIMITS, kind: Kind = "gradients",
 ) -> Group:  # fmt: skip
     return Group(
@@ -97,13 +116,24 @@ async def run_all(
     members: Sequence[Peer], group: Group, *, vectors: Sequence[torch.Tensor | None], weights: Sequence[float],
     codec: str = "none",
 ) -> list[RoundResult]:  # fmt: skip
-    """Every member's result of one round."""
+    """The results of one round of `members`, who may be fewer than the group's."""
     return await asyncio.gather(
         *(
             peer.exchange.run(group, vector=vector, weight=weight, codec=codec, max_weight=MAX_WEIGHT)
             for peer, vector, weight in zip(members, vectors, weights, strict=True)
         )
     )
+
+
+async def eventually(predicate: Callable[[], bool], *, timeout_seconds: float = 10.0) -> None:
+    """As tests.eventually, on a loop."""
+    async with asyncio.timeout(timeout_seconds):
+        while not predicate():
+            await asyncio.sleep(0.02)
+
+
+def random_vector(seed: int, num_elements: int) -> torch.Tensor:
+    return torch.randn(num_elements, generator=torch.Generator().manual_seed(seed))
 
 
 def weighted_mean(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
