@@ -1,5 +1,6 @@
 """Our optimizer in a measured or tested process: every round and every change of its parameters goes to the journal."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ class OurStepper:
     """`SwarmOptimizer` as `calm_ray.peers.trainer` and `calm_ray.peers.auxiliary` use it."""
 
     def __init__(self, spec: ProcessSpec, task: Task, journal: Journal) -> None:
-        self._journal, self._should_hash = journal, spec.should_hash
+        self._journal = journal
         self._swarm = Swarm.join(
             spec.run_id,
             initial_peers=spec.initial_peers,
@@ -43,9 +44,10 @@ class OurStepper:
             ),
         )  # fmt: skip
         self.optimizer.on_round.append(self._on_round)
-        if spec.should_hash:
+        if spec.should_watch:
             for name in CHANGES:
-                self._watch(name)
+                self._watch_holder(name)
+            self._watch_averaging()
 
     @property
     def epoch(self) -> int:
@@ -63,7 +65,8 @@ class OurStepper:
         self.optimizer.zero_grad()
 
     def settle(self) -> None:
-        """The last round has been stepped when its epoch is over."""
+        """The last round has been stepped when its epoch is over, but the model learns of it at the next `step`."""
+        self.optimizer.holder.copy_to_model()
 
     def assist(self) -> None:
         if self.optimizer.failure is not None:
@@ -86,7 +89,7 @@ class OurStepper:
             bytes_sent=result.bytes_sent, bytes_received=result.bytes_received,
         )  # fmt: skip
 
-    def _watch(self, name: str) -> None:
+    def _watch_holder(self, name: str) -> None:
         """Have every call of one of the holder's methods written down, with the parameters before and after it."""
         holder: Any = self.optimizer.holder
         act: Callable[..., Any] = getattr(holder, name)
@@ -102,3 +105,21 @@ class OurStepper:
             return outcome
 
         setattr(holder, name, watched)
+
+    def _watch_averaging(self) -> None:
+        """Have each round's whole length written down, beside the bound that its limits state."""
+        averaging: Any = self.optimizer.averaging
+        act: Callable[..., RoundResult] = averaging.average
+
+        def watched(kind: str, epoch: int, take: Any) -> RoundResult:
+            began = time.monotonic()
+            limits = averaging.limits(kind)
+            try:
+                return act(kind, epoch, take)
+            finally:
+                seconds, group = time.monotonic() - began, averaging.last_group
+                told = [limits, group.limits] if group is not None and group.epoch == epoch else [limits]
+                bound = max(each.matchmaking_seconds + each.round_seconds for each in told)
+                self._journal.write("averaging", kind=kind, epoch=epoch, seconds=seconds, bound_seconds=bound)
+
+        averaging.average = watched

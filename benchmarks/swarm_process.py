@@ -89,7 +89,7 @@ class Peer:
     def _train(self) -> None:
         spec, stepper, task = self.spec, self.stepper, self.task
         deadline = time.monotonic() + spec.seconds if spec.seconds is not None else float("inf")
-        self._on_boundary()
+        seen = self._on_boundary()
         while not self.stop.is_set() and stepper.epoch < spec.num_epochs and time.monotonic() < deadline:
             epoch = stepper.epoch
             with self.cpu.span("compute"):
@@ -99,16 +99,18 @@ class Peer:
             if spec.should_log_batches:
                 self.journal.write("micro", epoch=epoch, batch=computed.batch, num_samples=computed.num_samples)
             self.cpu.num_samples += computed.num_samples
-            if stepper.epoch != epoch:
-                self._on_boundary()
+            if stepper.epoch != seen:
+                seen = self._on_boundary()
             if spec.pause_seconds:
                 self.stop.wait(spec.pause_seconds)
         if not self.stop.is_set():
             self._on_end()
             self.stop.wait()
 
-    def _on_boundary(self) -> None:
-        self.journal.write("boundary", epoch=self.stepper.epoch, cpu=self.cpu.read())
+    def _on_boundary(self) -> int:
+        epoch = self.stepper.epoch
+        self.journal.write("boundary", epoch=epoch, cpu=self.cpu.read())
+        return epoch
 
     def _on_end(self) -> None:
         """The measured part is over: say how well the model does, and go on serving the others."""
@@ -117,7 +119,9 @@ class Peer:
             return
         self.journal.write("settling", epoch=self.stepper.epoch)
         self.stepper.settle()
-        digest = digest_of(parameters_of(self.task))
+        parameters = parameters_of(self.task)
+        torch.save(torch.cat([p.detach().flatten() for p in parameters]), self.spec.folder / "parameters.pt")
+        digest = digest_of(parameters)
         self.journal.write("end", epoch=self.stepper.epoch, loss=self.task.held_out_loss(), digest=digest)
 
 

@@ -61,8 +61,8 @@ class ProcessSpec(BaseModel):
     niceness: int = 0
     """Of the computing thread, set after joining, as `calm_ray.peers.trainer` does."""
 
-    should_hash: bool = False
-    """Write the SHA-256 of the parameters after every epoch."""
+    should_watch: bool = False
+    """Write down every change of the parameters, with their SHA-256, and how long each round took from start to end."""
 
     should_log_batches: bool = False
     """Write a line for every micro-batch."""
