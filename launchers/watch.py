@@ -12,7 +12,7 @@ from rich.live import Live
 from calm_ray.errors import CalmRayError
 from calm_ray.observe.table import plain_line, render
 from calm_ray.peers.status import PeerStatus
-from calm_ray.report import SwarmSummary
+from calm_ray.summary import SwarmSummary
 from launchers.crew import Crew
 from launchers.organiser import OrganiserConfig
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.shards import ROOT
 
-PURE = {"bundle", "clock", "config", "errors", "invite", "membership", "report", "signing", "tables"}
+PURE = {"bundle", "clock", "config", "errors", "invite", "membership", "report", "signing", "summary", "tables"}
 """Modules of calm_ray that anything may import, and that import nothing heavy."""
 
 PURE_MAY_USE = {"cryptography", "pydantic", "pydantic_core"}

@@ -9,6 +9,7 @@ from calm_ray.bundle import open_bundle
 from calm_ray.config import state_home
 from calm_ray.errors import CalmRayError, ConfigError
 from calm_ray.invite import PREFIX, decode_invite
+from calm_ray.observe.table import rounds_text
 from calm_ray.peers.control import ControlClient
 from calm_ray.peers.status import PeerStatus
 
@@ -22,12 +23,23 @@ def print_status(target: str | None, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({folder: s.model_dump(mode="json") for folder, s in statuses.items()}, indent=2))
     for folder, status in statuses.items() if not as_json else ():
-        report = status.report
-        numbers = f"  epoch {report.epoch}, {report.samples_per_second:.1f} samples/s" if report else ""
-        print(f"{folder}: {status.role} of {status.run_id or '?'}: {status.state}{numbers}  {status.detail}")
+        print(f"{folder}: {status.role} of {status.run_id or '?'}: {status.state}{_numbers(status)}  {status.detail}")
     if not statuses:
         raise CalmRayError(f"no peer runs under {root}; start one with `calm-ray join INVITE`")
     return 0
+
+
+def _numbers(status: PeerStatus) -> str:
+    """What the peer's last report says of its work; a monitor has none."""
+    report = status.report
+    if report is None:
+        return ""
+    parts = [f"epoch {report.epoch}"]
+    if report.role == "trainer":
+        parts.append(f"{report.samples_per_second:.1f} samples/s")
+    if report.role != "monitor":
+        parts.append(f"rounds: {rounds_text(report.rounds)}")
+    return "  " + ", ".join(parts)
 
 
 def _ask(folder: Path) -> PeerStatus | None:
@@ -48,7 +60,7 @@ def _print_swarm(invite_text: str, *, as_json: bool) -> int:
     from rich.console import Console
 
     from calm_ray.observe.table import render
-    from calm_ray.report import SummaryLimits, summarise
+    from calm_ray.summary import SummaryLimits, summarise
     from calm_ray.swarm.node import NodeOptions, Swarm
     from calm_ray.swarm.reception import receive
 

@@ -10,12 +10,26 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from calm_ray.report import PeerReport, Role, SwarmSummary
+from calm_ray.report import PeerReport, Role, RoundCounts
+from calm_ray.summary import RoundSummary, SwarmSummary
 
-MAX_PEERS = 12
+MAX_PEERS = 10
 """Rows of the peers' table: all of the view fits into 24 lines."""
 _WIDE_COLUMNS = 100
 """From this width on, a row has room to say that a peer is in client mode."""
+_WIDEST_COLUMNS = 115
+"""And from this on, how its last round ended."""
+_OUTCOME_WORDS: Mapping[str, tuple[str, str]] = {
+    "averaged": ("averaged", ""),
+    "partial": ("partial", "yellow"),
+    "alone": ("alone", "yellow"),
+    "only_clients": ("only clients", "yellow"),
+    "timeout": ("timed out", "yellow"),
+    "non_finite": ("not finite", "red"),
+    "zero_weight": ("without samples", "yellow"),
+    "failed": ("failed", "red"),
+}
+"""Outcome of a round -> words and style."""
 _ROLE_NAMES: Mapping[Role, tuple[str, str]] = {
     "trainer": ("trainer", "trainers"),
     "auxiliary": ("auxiliary peer", "auxiliary peers"),
@@ -47,12 +61,30 @@ def plain_line(summary: SwarmSummary) -> str:
         ("monitors", roles["monitor"]),
         ("client_mode", summary.num_client_mode),
     ]
-    pairs += [(f"rounds_{outcome}", count) for outcome, count in rounds.model_dump().items()]
+    pairs += [(f"rounds_{o}", count) for o, count in rounds.model_dump().items() if count or o == "averaged"]
+    if summary.num_resyncs:
+        pairs += [("resyncs", summary.num_resyncs)]
+    if (last := summary.last_round) is not None:
+        pairs += [("round_epoch", last.epoch), ("round_group_size", last.group_size)]
+        pairs += [("round_seconds", f"{last.seconds:.1f}"), ("round_bytes_sent", last.bytes_sent)]
+        if last.num_other_digests:
+            pairs += [("round_other_digests", last.num_other_digests)]
     if summary.seconds_to_end is not None:
         pairs += [("seconds_to_end", f"{summary.seconds_to_end:.0f}")]
     if summary.drops:
         pairs += [("dropped", ",".join(f"{reason}:{count}" for reason, count in sorted(summary.dropped.items())))]
     return " ".join(f"{key}={value}" for key, value in pairs)
+
+
+def rounds_text(rounds: RoundCounts) -> Text:
+    """Rounds by outcome in words: those averaged, and what else there was."""
+    counts = rounds.model_dump()
+    parts = [
+        Text(f"{counts[outcome]:,} {words}", style=style)
+        for outcome, (words, style) in _OUTCOME_WORDS.items()
+        if counts[outcome] or outcome == "averaged"
+    ]
+    return Text(", ").join(parts)
 
 
 @dataclass(frozen=True)
@@ -76,7 +108,7 @@ class _View:
                 yield Text(f"... and {num_hidden} more", style="dim")
 
     def _facts(self, *, bar_width: int, is_ascii: bool) -> Iterable[tuple[str, Text]]:
-        summary, loss, rounds = self.summary, self.summary.loss, self.summary.rounds
+        summary, loss = self.summary, self.summary.loss
         share = min(1.0, summary.samples_accumulated / summary.target_batch_size)
         yield "run", Text(f"{self.run_id}, epoch {summary.epoch}/{summary.num_epochs}")
         counted = f" {summary.samples_accumulated:,}/{summary.target_batch_size:,} samples"
@@ -86,10 +118,12 @@ class _View:
             yield "loss", Text(f"MLM {loss.mlm_mean_loss:.4f}   SOP {loss.sop_mean_loss:.4f}   {behind}")
         yield "speed", Text(f"{summary.samples_per_second:,.1f} samples/s; {self._time_left()}")
         yield "peers", Text(", ".join(self._roles()))
-        outcomes = [(rounds.averaged, "averaged", ""), (rounds.partial, "partial", "yellow")]
-        outcomes += [(rounds.alone, "alone", "yellow"), (rounds.failed, "failed", "red")]
-        parts = [Text(f"{count:,} {word}", style=style if count else "") for count, word, style in outcomes]
+        parts = [rounds_text(summary.rounds)]
+        if summary.num_resyncs:
+            parts.append(Text(_count(summary.num_resyncs, "re-sync", "re-syncs"), style="yellow"))
         yield "rounds", Text(", ").join(parts)
+        if summary.last_round is not None:
+            yield "last round", _last_round(summary.last_round)
         if summary.drops:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items()))
             yield "not believed", Text(f"{_count(len(summary.drops), 'report', 'reports')}: {reasons}", style="yellow")
@@ -111,18 +145,21 @@ class _View:
             yield f"{self.summary.num_client_mode} in client mode"
 
     def _peers(self, *, width: int) -> Table:
-        is_wide = width >= _WIDE_COLUMNS
+        is_wide, is_widest = width >= _WIDE_COLUMNS, width >= _WIDEST_COLUMNS
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         # Names give way, numbers do not: what the other columns need is known, so the name gets the rest.
-        name_width = max(6, width - (78 if is_wide else 64))
+        name_width = max(6, width - (94 if is_widest else 78 if is_wide else 64))
         table.add_column("peer", no_wrap=True)
         table.add_column("name", no_wrap=True, overflow="ellipsis", max_width=name_width)
         for name in ("role", "state"):
             table.add_column(name, no_wrap=True)
         for name in ("epoch", "samples/s", "contributed"):
             table.add_column(name, no_wrap=True, justify="right")
+        if is_widest:
+            table.add_column("last round", no_wrap=True)
         for peer in self.summary.peers[: self.max_peers]:
-            table.add_row(*self._cells(peer, is_wide=is_wide))
+            cells = list(self._cells(peer, is_wide=is_wide))
+            table.add_row(*cells, *([_outcome(peer)] if is_widest else []))
         return table
 
     def _cells(self, peer: PeerReport, *, is_wide: bool) -> Iterable[Text]:
@@ -134,6 +171,23 @@ class _View:
         yield Text(f"{peer.epoch}", style="yellow" if peer.epoch < self.summary.epoch - 1 else "")
         yield Text(f"{peer.samples_per_second:,.1f}" if is_trainer else "")
         yield Text(f"{peer.samples_contributed:,}" if is_trainer else "")
+
+
+def _outcome(peer: PeerReport) -> Text:
+    words, style = _OUTCOME_WORDS[peer.last_round.outcome] if peer.last_round is not None else ("", "")
+    return Text(words, style=style)
+
+
+def _last_round(last: RoundSummary) -> Text:
+    text = Text(f"epoch {last.epoch}: {_count(last.group_size, 'peer', 'peers')}, ").append(rounds_text(last.outcomes))
+    if last.num_other_digests:
+        text.append(f", {_count(last.num_other_digests, 'peer holds', 'peers hold')} another average", style="bold red")
+    up, down = _megabytes(last.bytes_sent), _megabytes(last.bytes_received)
+    return text.append(f"; {last.seconds:.1f} s, {up} up, {down} down")
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes < 9.95e6 else f"{num_bytes / 1e6:,.0f} MB"
 
 
 def _bar(share: float, *, width: int, is_ascii: bool) -> Text:

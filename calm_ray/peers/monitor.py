@@ -13,7 +13,7 @@ from calm_ray.observe.feed import Feed
 from calm_ray.observe.ingest import rows_of
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.spec import CheckpointSpec
-from calm_ray.report import SummaryLimits, SwarmSummary, summarise
+from calm_ray.summary import SummaryLimits, SwarmSummary, summarise
 
 if TYPE_CHECKING:
     from calm_ray.swarm.state import TrainingState

@@ -2,7 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from calm_ray.report import PeerReport, Role, SwarmSummary
+from calm_ray.report import PeerReport, Role
+from calm_ray.summary import SwarmSummary
 
 
 class PeerStatus(BaseModel):

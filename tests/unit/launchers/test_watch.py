@@ -2,7 +2,7 @@
 
 import pytest
 
-from calm_ray.report import SummaryLimits, SwarmSummary, summarise
+from calm_ray.summary import SummaryLimits, SwarmSummary, summarise
 from launchers.watch import with_measured_eta
 
 

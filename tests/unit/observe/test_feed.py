@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calm_ray.errors import CalmRayError
-from calm_ray.observe.feed import MAX_EVENTS, MAX_PAYLOAD_BYTES, Feed, FeedReader, FeedRow
+from calm_ray.observe.feed import MAX_EVENTS, MAX_PAYLOAD_BYTES, SCHEMA_VERSION, Feed, FeedReader, FeedRow
 
 
 def row(key: str, *, kind: str = "epoch", at: float = 1.0) -> FeedRow:
@@ -183,6 +183,28 @@ def test_feed_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     for opened in (Feed, FeedReader):
         with pytest.raises(CalmRayError, match="newer calm-ray"):
             opened(path)
+
+
+def test_feed_of_version_1_is_taken_over_with_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "feed.sqlite"
+    with Feed(path) as feed:
+        feed.append("epoch", "7", at=1.0, payload={"rounds": {"averaged": 3, "partial": 0, "alone": 0, "failed": 1}})
+        feed._db.execute("PRAGMA user_version = 1")
+    with FeedReader(path) as reader:
+        assert reader.events()[0].payload["rounds"]["failed"] == 1
+    with Feed(path) as feed:
+        assert feed._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 2
+        assert not feed.append("epoch", "7", at=2.0, payload={})
+        assert feed.append_all([row("8")]) == 1
+
+
+def test_feed_of_this_version_is_refused_by_an_older_calm_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep rows of kind `round` for ever."""
+    path = tmp_path / "feed.sqlite"
+    Feed(path).close()
+    monkeypatch.setattr("calm_ray.observe.feed.SCHEMA_VERSION", 1)
+    with pytest.raises(CalmRayError, match=r"written by a newer calm-ray \(feed schema 2, ours is 1\); update"):
+        Feed(path)
 
 
 def test_feed_payload_that_is_too_large_or_not_finite_is_our_own_mistake(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from calm_ray.observe.feed import Feed
 from calm_ray.observe.ingest import rows_of
-from calm_ray.report import EpochRecord, PeerReport, SummaryLimits, SwarmSummary, encode, summarise
+from calm_ray.report import MAX_LISTED, EpochRecord, PeerReport, RoundCounts, RoundReport, encode
+from calm_ray.summary import SummaryLimits, SwarmSummary, summarise
 
 NOW = 1_000_000.0
 LIMITS = SummaryLimits(config_hash="ab", num_epochs=100, target_batch_size=1000)
@@ -23,6 +24,11 @@ def report(peer_id: str, *, done: int | None, boot_id: str = "b1", **changes: An
     if done is not None:
         values["last_epoch"] = EpochRecord(epoch=done, mini_steps=10, num_samples=160, mlm_loss_sum=50, sop_loss_sum=7)
     return PeerReport(**(values | changes))
+
+
+def averaged(epoch: int, **changes: Any) -> RoundReport:
+    values: dict[str, Any] = {"epoch": epoch, "outcome": "averaged", "digest": "d" * 64, "weights": {"Qma": 160.0}}
+    return RoundReport(**(values | changes))
 
 
 def summary_of(*reports: PeerReport, now: float = NOW) -> SwarmSummary:
@@ -82,6 +88,37 @@ def test_rows_of_what_an_auxiliary_peer_claims_to_have_trained_are_none() -> Non
     ]  # fmt: skip
 
 
+def test_rows_of_a_round_are_one_for_each_peer_that_saw_it_with_the_weights_it_received() -> None:
+    summary = summary_of(
+        report("Qma", done=None, epoch=5, last_round=averaged(4)),
+        report("Qmb", done=None, epoch=5, role="auxiliary", state="assisting", last_round=averaged(4)),
+        report("Qmc", done=None, epoch=5),
+    )
+    assert keys(summary) == ["round 4/Qma/b1/averaged", "round 4/Qmb/b1/averaged"]
+    payload = rows_of(summary)[1].payload
+    assert (payload["peer_id"], payload["role"], payload["epoch"]) == ("Qmb", "auxiliary", 4)
+    assert (payload["outcome"], payload["digest"], payload["weights"]) == ("averaged", "d" * 64, {"Qma": 160.0})
+
+
+def test_rows_of_a_failed_round_and_of_its_retry_are_two(tmp_path: Path) -> None:
+    tries = [averaged(4, outcome="timeout", digest="", weights={}), averaged(4), averaged(4)]
+    with Feed(tmp_path / "feed.sqlite") as feed:
+        for last in tries:
+            feed.append_all(rows_of(summary_of(report("Qma", done=None, epoch=5, last_round=last))))
+        assert [event.key for event in feed.events()] == ["4/Qma/b1/timeout", "4/Qma/b1/averaged"]
+
+
+def test_row_of_an_epoch_says_how_rounds_went() -> None:
+    reports = [
+        report(f"Qm{c}", done=4, last_round=averaged(4), rounds=RoundCounts(averaged=5, timeout=1), parameter_norm=73.5)
+        for c in "abc"
+    ]
+    payload = rows_of(summary_of(*reports))[-1].payload
+    assert (payload["rounds"]["averaged"], payload["rounds"]["timeout"], payload["num_resyncs"]) == (15, 3, 0)
+    assert (payload["last_round"]["epoch"], payload["last_round"]["digest"]) == (4, "d" * 64)
+    assert payload["parameter_norm"] == 73.5
+
+
 def test_feed_of_ten_epochs_seen_often_and_across_restarts_has_each_row_once(tmp_path: Path) -> None:
     path = tmp_path / "feed.sqlite"
     for _ in range(3):  # the monitor restarts and sees the last epoch again, later
@@ -97,15 +134,21 @@ def test_feed_of_ten_epochs_seen_often_and_across_restarts_has_each_row_once(tmp
     assert events[2].at == NOW
 
 
-def test_feed_row_of_the_widest_peer_fits_the_stated_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_listed", "max_bytes"), [(None, 600), (4, 1500), (16, 1800), (MAX_LISTED, 2900)])
+def test_feed_rows_of_a_peer_and_epoch_have_the_stated_size(
+    tmp_path: Path, num_listed: int | None, max_bytes: int
+) -> None:
     path = tmp_path / "feed.sqlite"
     num_epochs, peers = 10, [f"12D3KooW{i:044d}".replace("0", "x") for i in range(100)]
+    weights = {f"{i:010b}".replace("0", "z"): 123.0 for i in range(num_listed or 0)}
     with Feed(path) as feed:
         for done in range(num_epochs):
+            last = averaged(done, weights=weights, total_weight=1e5 / 3, seconds=1 / 3, bytes_sent=36_000_000)
             reports = [
                 report(p, done=done, boot_id="f" * 32, name="a volunteer at home", epoch=done + 1,
-                       samples_per_second=1 / 3) for p in peers
+                       samples_per_second=1 / 3, last_round=None if num_listed is None else last) for p in peers
             ]  # fmt: skip
             feed.append_all(rows_of(summary_of(*reports)))
     num_bytes = path.stat().st_size / (num_epochs * len(peers))
-    assert num_bytes < 600
+    print(f"{num_listed} weights: {num_bytes:.0f} bytes for each peer and epoch")
+    assert num_bytes < max_bytes
