@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 MAX_REPORT_BYTES = 2816
-"""Of the encoded report. A call to the DHT process goes through a pipe, pickled, with 1.2 kB of keys around the report.
-Above PIPE_BUF (4096 bytes) its reader can find half a message: measured, hivemind's DHT process ends in
-BlockingIOError or UnpicklingError within some thousand calls, even with one writer."""
+"""Of the encoded report. A call to hivemind's DHT process goes through a pipe, pickled, with 1.2 kB of keys around the
+report. Above PIPE_BUF (4096 bytes) the reader can find half a message, and what follows is rubbish to it: measured with
+4500 bytes, after 5000 messages of one writer, after 10 of three processes."""
 MAX_REPORTS = 4096
 """Peers of a swarm, as far as reports go. Bounds the work that strangers can cause."""
 MAX_LISTED = 64
