@@ -91,7 +91,8 @@ class ReducerDesk:
             self._ban(peer, "its connection broke")
 
     def refuse_sender(self, peer: str, reason: str) -> None:
-        """Do not wait for a peer whose opening was wrong."""
+        """Wait neither for the parts of a peer whose opening was wrong, nor for it to read."""
+        self.served.add(peer)
         self._ban(peer, reason)
 
     async def _hear(self, peer: str, stream: Stream, *, is_sender: bool) -> None:

@@ -186,9 +186,7 @@ def test_exchange_that_is_cancelled_leaves_nothing_and_the_others_learn_of_it(ne
             group = group_of(members, fractions=[0.3, 0.3, 0.4, 0.0], senders=[0, 1, 2, 3], limits=limits)
             before = asyncio.all_tasks()
             leaver = asyncio.create_task(run_all(members[2:3], group, vectors=[vector(3)], weights=[1]))
-            others = asyncio.create_task(
-                run_all(members[:2], group, vectors=[vector(1), vector(2)], weights=[1, 1])
-            )
+            others = asyncio.create_task(run_all(members[:2], group, vectors=[vector(1), vector(2)], weights=[1, 1]))
             await asyncio.sleep(1.0)  # the fourth never comes, so that all wait
             leaver.cancel()
             await asyncio.gather(leaver, return_exceptions=True)
@@ -223,3 +221,40 @@ def test_exchange_of_fifty_rounds_keeps_no_task_and_no_file_open(net: Loopback) 
             assert counts[-1][0] <= counts[0][0] and counts[-1][1] <= counts[0][1] + 2, counts
 
     net.run(test())
+
+
+@pytest.mark.parametrize("is_fed_back", [True, False])
+def test_exchange_in_8_bits_loses_nothing_in_the_long_run_thanks_to_feedback(net: Loopback, is_fed_back: bool) -> None:
+    """Gradients of which most are too small for their block's scale, and shares that change from round to round."""
+    num_elements, num_rounds, weights = 6000, 50, [3.0, 5.0]
+    signal = torch.full((num_elements,), 1e-3)
+    signal[::512] = 1.0
+
+    async def test() -> list[float]:
+        errors = []
+        async with net.peers(2, num_elements=num_elements) as members:
+            true, given = torch.zeros(num_elements).double(), torch.zeros(num_elements).double()
+            owed: list[torch.Tensor] = [torch.zeros(num_elements)] * 2
+            for number in range(num_rounds):
+                if not is_fed_back:
+                    for member in members:
+                        member.exchange._carried.clear()
+                gradients = [signal * (1 + 0.5 * torch.rand(num_elements)) for _ in members]
+                vectors = [g + (o / w if is_fed_back else 0) for g, o, w in zip(gradients, owed, weights, strict=True)]
+                share = 0.2 + 0.6 * (number % 7) / 6
+                group = group_of(members, fractions=[share, 1 - share], senders=[0, 1], epoch=number)
+                results = await run_all(members, group, vectors=vectors, weights=weights, codec="8bit")
+                average = results[0].average
+                assert all(result.is_true and result.digest == results[0].digest for result in results)
+                assert average is not None
+                owed = [result.residual for result in results if result.residual is not None]
+                true += weighted_mean(gradients, weights)
+                given += average
+                errors.append(float((true - given).abs().max()))
+        return errors
+
+    errors = net.run(test())
+    if is_fed_back:
+        assert max(errors) < 0.03 and max(errors[25:]) < 1.5 * max(errors[:25])
+    else:
+        assert errors[-1] > 0.9 * num_rounds * 1e-3, "small gradients never arrive"
