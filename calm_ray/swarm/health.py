@@ -1,4 +1,4 @@
-"""hivemind's rules of thumb, applied by code: what recent rounds say about the times that they were given.
+"""hivemind's rules of thumb, applied by code: what recent rounds say about the times that they were given. Pure.
 
 hivemind's manual asks its readers to raise `matchmaking_time` "if you see 'averaged gradients with N peers' where N is
 below 0.9x the real size on >=25% of epochs", and `averaging_timeout` "if you see 'Proceeding with local gradients' at
@@ -7,18 +7,13 @@ its limits. The evidence starts anew after each change: what was seen under the 
 
 More time does not cure everything: a listed peer that nobody can reach, or one that is slow on purpose, would hold all
 others up for ever. So when the longest times did not help either, they fall back to what they were.
-
-All decisions are pure; `Health` at the end remembers and logs.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
 
 from calm_ray.swarm.verdict import Outcome
-
-logger = logging.getLogger(__name__)
 
 WINDOW = 24
 """Rounds looked at, at most."""
@@ -124,29 +119,3 @@ def _advice(finding: str, *, what: str, before: Patience, now: Patience) -> str:
     if now.factor == before.factor:
         return f"{finding}: {what} may get more time again when it needs it"
     return f"{finding}: {what} gets {now.factor:.2g} times its usual time, {before.factor:.2g} times before"
-
-
-class Health:
-    """One peer's `RoundHealth`: for the loop that runs its rounds."""
-
-    def __init__(self) -> None:
-        self.seen = RoundHealth()
-
-    @property
-    def advice(self) -> str:
-        return self.seen.advice
-
-    @property
-    def factors(self) -> dict[str, float]:
-        """`matchmaking_factor` and `averaging_factor`, as `round_limits` takes them."""
-        matchmaking, averaging = self.seen.matchmaking.factor, self.seen.averaging.factor
-        return {"matchmaking_factor": matchmaking, "averaging_factor": averaging}
-
-    def note(self, *, outcome: Outcome, group_size: int, num_live: int, num_too_slow: int = 0) -> None:
-        """Take one round in: see `RoundFact`."""
-        before, fact = self.seen, RoundFact(
-            outcome=outcome, group_size=group_size, num_live=num_live, num_too_slow=num_too_slow
-        )  # fmt: skip
-        self.seen = after_round(before, fact)
-        if self.seen.advice and self.seen.advice != before.advice:
-            logger.info("health %s", self.seen.advice)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from calm_ray.swarm.health import MAX_FACTOR, MIN_ROUNDS, WINDOW, Health, Patience, RoundFact, RoundHealth, after_round
+from calm_ray.swarm.health import MAX_FACTOR, MIN_ROUNDS, WINDOW, Patience, RoundFact, RoundHealth, after_round
 
 
 def fact(**changes: Any) -> RoundFact:
@@ -114,12 +114,3 @@ def test_health_under_any_weather_stays_within_its_bounds(seed: int) -> None:
         assert 1.0 <= health.matchmaking.factor <= MAX_FACTOR
         assert 1.0 <= health.averaging.factor <= MAX_FACTOR
         assert len(health.recent) <= WINDOW
-
-
-def test_health_that_remembers_gives_factors_and_logs_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
-    health = Health()
-    with caplog.at_level("INFO"):
-        for _ in range(MIN_ROUNDS + 3):
-            health.note(outcome="averaged", group_size=2, num_live=4)
-    assert health.factors == {"matchmaking_factor": 1.5, "averaging_factor": 1.0}
-    assert [record.getMessage() for record in caplog.records] == [f"health {health.advice}"]
