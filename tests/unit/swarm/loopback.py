@@ -83,7 +83,7 @@ def loopback() -> Iterator[Loopback]:
     finally:
         for p2p in net.daemons:
             loop.run_until_complete(p2p.shutdown())
-        loop.run_until_complete(asyncio.sleep(0.1))
+        loop.run_until_complete(asyncio.sleep(0.1))  # sleep: transports close on the next turns
         loop.close()
         gc.collect()  # here, where its complaints are expected, rather than in another file's test
 
@@ -129,7 +129,7 @@ async def eventually(predicate: Callable[[], bool], *, timeout_seconds: float = 
     """As tests.eventually, on a loop."""
     async with asyncio.timeout(timeout_seconds):
         while not predicate():
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # sleep: this is `eventually`
 
 
 def random_vector(seed: int, num_elements: int) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_exchange_whose_reducer_leaves_at_once_still_serves_a_slow_member(net: L
             group = group_of(members, fractions=[0.5, 0.5, 0.0], senders=[0, 1])
             early = await run_all(members[:2], group, vectors=[vector(1), vector(2)], weights=[1, 1])
             leaving = asyncio.gather(*(member.exchange.close() for member in members[:2]))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # sleep: time enough to leave too early
             assert not leaving.done()
             (late,) = await run_all(members[2:], group, vectors=[None], weights=[0])
             await leaving
@@ -187,7 +187,7 @@ def test_exchange_that_is_cancelled_leaves_nothing_and_the_others_learn_of_it(ne
             before = asyncio.all_tasks()
             leaver = asyncio.create_task(run_all(members[2:3], group, vectors=[vector(3)], weights=[1]))
             others = asyncio.create_task(run_all(members[:2], group, vectors=[vector(1), vector(2)], weights=[1, 1]))
-            await asyncio.sleep(1.0)  # the fourth never comes, so that all wait
+            await asyncio.sleep(1.0)  # sleep: the fourth never comes, so that all wait
             leaver.cancel()
             await asyncio.gather(leaver, return_exceptions=True)
             assert leaver.cancelled()
@@ -210,13 +210,13 @@ def test_exchange_of_fifty_rounds_keeps_no_task_and_no_file_open(net: Loopback) 
                 vectors = [random_vector(1, num_elements), random_vector(2, num_elements), None]
                 if number % 5 == 4:  # every fifth is cancelled
                     task = asyncio.create_task(run_all(members, group, vectors=vectors, weights=[1, 1, 0]))
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.01)  # sleep: into the middle of the round
                     task.cancel()
                     await asyncio.gather(task, return_exceptions=True)
                 else:
                     results = await run_all(members, group, vectors=vectors, weights=[1, 1, 0])
                     assert all(result.is_true for result in results), results
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # sleep: sockets close on the next turns
                 counts.append((len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))))
             assert counts[-1][0] <= counts[0][0] and counts[-1][1] <= counts[0][1] + 2, counts
 
