@@ -24,7 +24,7 @@ from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.progress import ProgressTracker
 from calm_ray.swarm.roster import Roster
 from calm_ray.swarm.shares import balance
-from calm_ray.swarm.sketch import TOLERANCE, Sketch, judge, reference_of, relative_distance
+from calm_ray.swarm.sketch import TOLERANCE, Sketch, reference_of, relative_distance, standing
 from calm_ray.swarm.verdict import RoundResult
 from calm_ray.tables import AveragingTable
 
@@ -192,7 +192,7 @@ class OwnAveraging:
         sketches = {peer: _sketch_of(tickets[peer]) for peer in peers}
         known = [sketch for sketch in sketches.values() if sketch is not None]
         reference = reference_of(known)
-        astray = [p for p in peers if (s := sketches[p]) is None or judge(s, known) == "out_of_step"]
+        astray = [p for p in peers if (s := sketches[p]) is None or standing(s, reference=reference) == "out_of_step"]
         drift = max(relative_distance(reference, s) for p, s in sketches.items() if s is not None and p not in astray)
         is_sender = [tickets[p].is_sender and p not in astray for p in peers]
         fractions = balance(

@@ -57,6 +57,8 @@ class StateHolder:
             group["params"] = [next(held) for _ in group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = rules.make_optimizer(groups)
+        if len(self.optimizer.state) != len(self.parameters):
+            raise ValueError("make_optimizer must allocate the optimizer's state: a newcomer's has to fit the swarm's")
         self._schedule = self._make_schedule()
 
     def _adopt(self) -> Iterator[torch.Tensor]:

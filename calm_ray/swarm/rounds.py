@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 IGNORE_SECONDS = 30.0
 """Somebody claims an epoch that nobody can show: do not believe in it for so long."""
-MAX_CALLED_SHARE = 0.5
-"""A peer's call for a round is heeded once the swarm has this share of the epoch's samples."""
+MIN_CALLED_SHARE = 0.5
+"""A trainer heeds a call for a round once the swarm has this share of the epoch's samples, as far as it knows."""
 PARK_SECONDS = 5.0
 """With max_staleness = 0, how long a round waits for the micro-batch under way."""
 BACKOFF_SECONDS = 1.0
@@ -255,8 +255,10 @@ class SwarmOptimizer:
             return False  # nobody trains
         if self._num_epochs is not None and epoch >= self._num_epochs:
             return False  # the run is over
-        is_called = self._called_epoch == epoch and self.tracker.share_done >= MAX_CALLED_SHARE
-        return is_called or self.tracker.is_epoch_full
+        is_called = self._called_epoch == epoch
+        if is_called and (self._is_auxiliary or self.tracker.share_done >= MIN_CALLED_SHARE):
+            return True
+        return self.tracker.is_epoch_full
 
     def _end_epoch(self, epoch: int) -> None:
         for _ in range(2):  # retried once: most failures are one peer's, and it will not come again
