@@ -38,6 +38,10 @@ class PeerProcess:
         found = list(read_journal(self.spec.journal))[self.first_event :]
         return [event for event in found if kind in (None, event["event"])]
 
+    def all_events(self) -> list[dict[str, Any]]:
+        """What all lives of this peer have written."""
+        return list(read_journal(self.spec.journal))
+
     def is_running(self) -> bool:
         return not select.select([self.pidfd], [], [], 0)[0]
 
