@@ -56,6 +56,16 @@ class Internet:
         self._plug(host, device="eth0", number=number)
         return host
 
+    def shape(self, number: int, *, mbit: float) -> None:
+        """Give the public host `number` a line of `mbit` Mbit/s in each direction: a token bucket at either end.
+
+        The bucket holds 10 ms, but never less than some packets; the queue before it 100 ms, as a home router's.
+        """
+        burst = max(16_000, round(mbit * 1e6 / 8 / 100))
+        shaper = ("root", "tbf", "rate", f"{round(mbit * 1000)}kbit", "burst", str(burst), "latency", "100ms")
+        self.run(f"{self.prefix}-host{number}", "tc", "qdisc", "replace", "dev", "eth0", *shaper)
+        self.run(self._switch, "tc", "qdisc", "replace", "dev", f"p{number}", *shaper)
+
     def host_behind_nat(self, number: int, *, drops_strangers: bool) -> str:
         """A namespace whose only way out is a gateway that masquerades; its name.
 
