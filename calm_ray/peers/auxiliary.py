@@ -24,7 +24,7 @@ def run(context: PeerContext) -> None:
     optimizer = SwarmOptimizer(
         context.swarm, param_groups=learner.param_groups, rules=learner.rules, averaging=table.averaging,
         target_batch_size=table.target_batch_size, num_epochs=table.num_epochs, is_auxiliary=True,
-        bandwidth_mbps=context.spec.peer.bandwidth_mbps,
+        bandwidth_mbps=context.spec.peer.bandwidth_mbps, wire=table.wire,
     )  # fmt: skip
     desk = Desk(context.bundle)
     context.swarm.call(lambda p2p: desk.serve(p2p, run_id=table.run_id), timeout_seconds=SERVE_TIMEOUT_SECONDS)

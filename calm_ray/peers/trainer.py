@@ -149,6 +149,7 @@ def run(context: PeerContext) -> None:
     optimizer = SwarmOptimizer(
         context.swarm, param_groups=learner.param_groups, rules=learner.rules, averaging=table.averaging,
         target_batch_size=table.target_batch_size, num_epochs=table.num_epochs, bandwidth_mbps=peer.bandwidth_mbps,
+        wire=table.wire,
     )  # fmt: skip
     # For this thread, the one that computes: starved of CPU, those that find groups and average would be late for
     # everyone else; and a volunteer's desktop stays usable.

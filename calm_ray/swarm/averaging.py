@@ -1,6 +1,6 @@
 """One call per round on our own wire: find the group, bring the vector, get the average and the verdict.
 
-Blocking for the caller; inside, coroutines on the swarm's loop. `stock.py` gives the same call on hivemind's wire.
+Blocking for the caller; inside, coroutines on the swarm's loop. `wires.py` says what the step controller needs of it.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from hivemind.utils import get_dht_time
@@ -26,6 +25,7 @@ from calm_ray.swarm.roster import Roster
 from calm_ray.swarm.shares import balance
 from calm_ray.swarm.sketch import TOLERANCE, Sketch, reference_of, relative_distance, standing
 from calm_ray.swarm.verdict import RoundResult
+from calm_ray.swarm.wires import BYTES_PER_ELEMENT, Take
 from calm_ray.tables import AveragingTable
 
 logger = logging.getLogger(__name__)
@@ -33,29 +33,15 @@ logger = logging.getLogger(__name__)
 LIVE_SECONDS = 15.0
 """A trainer whose last record is older than this is not waited for; records come with each micro-batch."""
 NUM_MEASURED = 20
-BYTES_PER_ELEMENT = {"none": 4, "fp16": 2, "8bit": 1}
 SERVE_TIMEOUT_SECONDS = 15.0
 SETTLE_SECONDS = 30.0
 """More than a round's own limits before we take our own loop to be stuck."""
 
-Take = Callable[[], tuple[torch.Tensor, float] | None]
-"""Called when the group stands: (flat vector, weight), or None to only receive."""
-
-
-class Averaging(Protocol):
-    """What the step controller needs of a wire."""
-
-    def average(self, kind: Kind, epoch: int, take: Take) -> RoundResult:
-        """One round. Blocks, within bounds; raises Behind if others are past it, nothing else of others' making."""
-        ...
-
-    def has_company(self) -> bool:
-        """Whether anybody else is there to average with."""
-        ...
-
 
 class OwnAveraging:
     """Our own wire. `epoch`, `sketch` and `on_knock` are the controller's."""
+
+    lead_seconds = 0.0
 
     def __init__(
         self, swarm: Swarm, *, num_elements: int, schema: bytes, table: AveragingTable, tracker: ProgressTracker,
@@ -70,9 +56,9 @@ class OwnAveraging:
         self._absent: dict[str, float] = {}
         self._epoch = epoch
         self.health = RoundHealth()
-        self.last_group: Group | None = None
+        self._last_group: Group | None = None
         self.exchange = Exchange(num_elements={"gradients": num_elements, "state": num_elements})
-        self.matchmaker = Matchmaker(
+        self._matchmaker = Matchmaker(
             run_id=swarm.run_id, schema=schema, epoch=epoch, form=self._form,
             on_knock=lambda key: on_knock(key[1]) if key[0] == "gradients" else None,
         )  # fmt: skip
@@ -80,7 +66,7 @@ class OwnAveraging:
 
     async def _serve(self) -> None:
         p2p = await self._swarm.p2p()
-        await self.matchmaker.serve(p2p, is_reachable=self._is_reachable)
+        await self._matchmaker.serve(p2p, is_reachable=self._is_reachable)
         await self.exchange.serve(p2p, namespace=self._swarm.run_id, is_reachable=self._is_reachable)
 
     # --- who is there ------------------------------------------------------------------------------------------------
@@ -92,7 +78,7 @@ class OwnAveraging:
     def _expected(self, kind: Kind = "gradients") -> dict[str, bool]:
         """Peers that should come to this epoch's round, and whether they can be called."""
         if kind == "state":  # decided by the group that has just stepped
-            members = self.last_group.members if self.last_group else ()
+            members = self._last_group.members if self._last_group else ()
             return {m.peer_id: m.fraction > 0 for m in members if m.peer_id != self._swarm.peer_id}
         epoch, now, expected = self._epoch(), get_dht_time(), {}
         for peer, record in self._tracker.records.items():
@@ -117,14 +103,46 @@ class OwnAveraging:
         for peer in present & self._absent.keys():
             del self._absent[peer]
 
+    # --- after a round -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_out_of_step(self) -> bool:
+        """Whether the last group found our parameters to be another model's."""
+        return self._last_group is not None and self._swarm.peer_id in self._last_group.out_of_step
+
+    def is_state_due(self, epoch: int) -> bool:
+        """All members of the last group decide alike: parameters are averaged now and then, if they differ at all."""
+        group = self._last_group
+        is_turn = epoch % self._table.average_state_every == 0
+        return is_turn and group is not None and group.drift > 0 and not self.is_out_of_step
+
+    def close_state_round(self, epoch: int) -> None:
+        self._matchmaker.close_state_round(epoch)
+
+    def forget_group(self) -> None:
+        """We step with an average that we read from others: what the last group was says nothing."""
+        self._last_group = None
+
+    def distrust(self, peer_id: str) -> None:
+        self._matchmaker.distrust(peer_id)
+
+    def fetch_last(self, donor: str, *, epoch: int) -> torch.Tensor:
+        """The averaged gradient that ended `epoch`, from a peer that was there. Raises whatever kept us from it."""
+        limits = self.limits("gradients")
+        average, _ = self._swarm.loop.run(
+            self.exchange.fetch_last(donor, kind="gradients", epoch=epoch, limits=limits),
+            timeout_seconds=limits.round_seconds + SETTLE_SECONDS,
+        )
+        return average
+
     # --- one round ---------------------------------------------------------------------------------------------------
 
     def limits(self, kind: Kind) -> RoundLimits:
-        codec = self._codec(kind)
+        codec, expected = self._codec(kind), self._expected()
         return round_limits(
-            num_bytes=self._num_elements * BYTES_PER_ELEMENT[codec], num_members=len(self._expected()) + 1,
-            network=self._table.network, slowest_bandwidth=self._bandwidth,
-            measured_seconds=tuple(self._measured) if kind == "gradients" else (),
+            num_bytes=self._num_elements * BYTES_PER_ELEMENT[codec], num_members=len(expected) + 1,
+            num_reducers=sum(expected.values()) + self._is_reachable, network=self._table.network,
+            slowest_bandwidth=self._bandwidth, measured_seconds=tuple(self._measured) if kind == "gradients" else (),
             matchmaking_seconds=self._table.matchmaking_seconds,
             averaging_timeout_seconds=self._table.averaging_timeout_seconds,
             matchmaking_factor=self.health.matchmaking.factor, averaging_factor=self.health.averaging.factor,
@@ -159,7 +177,7 @@ class OwnAveraging:
         )  # fmt: skip
         num_live = len(self._expected()) + 1
         try:
-            group = await self.matchmaker.find(
+            group = await self._matchmaker.find(
                 ticket, candidates=self._candidates, expected=lambda: self._expected(kind), limits=limits
             )
         except NoGroup as exc:
@@ -168,7 +186,7 @@ class OwnAveraging:
                 self._note(result, None, num_live=num_live)
             return result
         try:
-            self.last_group = group
+            self._last_group = group
             contribution = await asyncio.get_running_loop().run_in_executor(None, take)
             vector, weight = contribution if contribution is not None else (None, 0.0)
             if self._swarm.peer_id in group.out_of_step:
@@ -178,7 +196,7 @@ class OwnAveraging:
                 group, vector=vector, weight=weight, codec=self._codec(kind), max_weight=max_weight
             )
         finally:
-            self.matchmaker.done()
+            self._matchmaker.done()
         if kind == "gradients":
             self._note(result, group, num_live=num_live)
         return result

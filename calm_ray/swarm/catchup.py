@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from calm_ray.errors import StateUnavailable
-from calm_ray.swarm.averaging import OwnAveraging
 from calm_ray.swarm.holder import HeldState, StateHolder
 from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.state import download_state
+from calm_ray.swarm.wires import Wire
 
 logger = logging.getLogger(__name__)
 
@@ -25,25 +25,21 @@ MAX_LATE_DONORS = 3
 class Catcher:
     """Blocking; for the rounds thread, or before it runs."""
 
-    def __init__(self, swarm: Swarm, *, holder: StateHolder, averaging: OwnAveraging) -> None:
-        self._swarm, self._holder, self._averaging = swarm, holder, averaging
+    def __init__(self, swarm: Swarm, *, holder: StateHolder, wire: Wire) -> None:
+        self._swarm, self._holder, self._wire = swarm, holder, wire
 
     def read_late(self, donors: Sequence[str], *, epoch: int) -> torch.Tensor | None:
         """The averaged gradient that ended `epoch`, from one of `donors`; None if none of some has it.
 
         A sixth of the state's bytes in fp16 with AdamW, and the step gives the very bits of those who were there.
         """
-        limits = self._averaging.limits("gradients")
         for donor in random.sample(list(donors), min(len(donors), MAX_LATE_DONORS)):
             try:
-                average, digest = self._swarm.loop.run(
-                    self._averaging.exchange.fetch_last(donor, kind="gradients", epoch=epoch, limits=limits),
-                    timeout_seconds=limits.round_seconds,
-                )
+                average = self._wire.fetch_last(donor, epoch=epoch)
             except Exception as exc:  # noqa: BLE001  one donor's failure of any kind: ask the next
                 logger.info("late read epoch=%d donor=%s problem=%r", epoch, donor, exc)
                 continue
-            logger.info("late read epoch=%d donor=%s digest=%.12s", epoch, donor, digest)
+            logger.info("late read epoch=%d donor=%s", epoch, donor)
             return average
         return None
 

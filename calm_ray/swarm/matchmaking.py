@@ -33,6 +33,7 @@ from calm_ray.swarm.messages import (
     unpack_ticket,
 )
 from calm_ray.swarm.verdict import Outcome
+from calm_ray.swarm.wires import Behind
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,6 @@ class NoGroup(Exception):
     def __init__(self, outcome: Outcome, detail: str) -> None:
         super().__init__(detail)
         self.outcome: Outcome = outcome
-
-
-class Behind(Exception):
-    """The round that we looked for is over elsewhere."""
-
-    def __init__(self, epoch: int, peer_id: str) -> None:
-        super().__init__(f"{peer_id} is at epoch {epoch}")
-        self.epoch, self.peer_id = epoch, peer_id
 
 
 def rank_of(peer_id: str, *, run_id: str, key: Key) -> bytes:

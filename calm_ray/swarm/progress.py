@@ -58,6 +58,10 @@ class ProgressTracker(_ProgressTracker):
         is_foreseen = get_dht_time() >= self.global_progress.eta_next_epoch and self.share_done >= MIN_REPORTED_SHARE
         return (self.share_done >= 1 or is_foreseen) and not self.awaits_full_peer
 
+    def is_nearly_full(self, seconds: float) -> bool:
+        """Whether, at the present rates, the epoch will be full in less than `seconds`."""
+        return seconds > 0 and float(self.global_progress.eta_next_epoch) - get_dht_time() < seconds
+
     @property
     def share_done(self) -> float:
         """How much of the epoch's samples the swarm has, by its records alone: 0 to 1 and more."""

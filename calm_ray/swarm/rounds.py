@@ -21,18 +21,18 @@ from typing import Any
 import torch
 
 from calm_ray.errors import StateUnavailable
-from calm_ray.swarm.accumulator import Accumulator, Contribution
 from calm_ray.swarm.averaging import OwnAveraging, schema_of
 from calm_ray.swarm.catchup import Catcher
 from calm_ray.swarm.donor import TrainingStateAverager
 from calm_ray.swarm.holder import StateHolder, StepRules
-from calm_ray.swarm.matchmaking import Behind
+from calm_ray.swarm.intake import Intake
 from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.progress import ProgressTracker
 from calm_ray.swarm.roster import Roster
 from calm_ray.swarm.sketch import Sketch
 from calm_ray.swarm.tally import RoundTally
 from calm_ray.swarm.verdict import RoundResult
+from calm_ray.swarm.wires import Behind, StockWire, Wire
 from calm_ray.tables import AveragingTable
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ IGNORE_SECONDS = 30.0
 """Somebody claims an epoch that nobody can show: do not believe in it for so long."""
 MIN_CALLED_SHARE = 0.5
 """A trainer heeds a call for a round once the swarm has this share of the epoch's samples, as far as it knows."""
-PARK_SECONDS = 5.0
-"""With max_staleness = 0, how long a round waits for the micro-batch under way."""
 BACKOFF_SECONDS = 1.0
 MAX_WEIGHT_IN_BATCHES = 4
 """No peer can honestly have more samples than a few target batches."""
@@ -72,25 +70,25 @@ class SwarmOptimizer:
     def __init__(
         self, swarm: Swarm, *, param_groups: Iterable[dict[str, Any]], rules: StepRules, averaging: AveragingTable,
         target_batch_size: int, num_epochs: int | None = None, is_auxiliary: bool = False,
-        bandwidth_mbps: float | None = None,
+        bandwidth_mbps: float | None = None, wire: str = "calm-1",
     ) -> None:  # fmt: skip
         self.swarm, self.rounds, self.stage = swarm, RoundTally(), Stage.ACCUMULATE
         self.on_round: list[Callable[[RoundResult, int], None]] = []
         self._table, self._is_auxiliary, self._target = averaging, is_auxiliary, target_batch_size
         self._num_epochs = num_epochs
         self.holder = StateHolder(param_groups, rules=rules, should_offload=averaging.offload_optimizer)
-        self._accumulator = None if is_auxiliary else Accumulator(self.holder.model_parameters)
-        self._contribution: Contribution | None = None
-        self._epoch = self._model_epoch = 0
+        self._epoch = 0
         self._sketch: Sketch | None = None
         self._called_epoch, self._not_before = -1, 0.0
         self._ignored: tuple[int, float] = (-1, 0.0)
         self._is_first_state = True
         self._failure: Exception | None = None
-        self._boundary = threading.Condition()
-        self._should_park = self._is_parked = False  # the computing thread waits while a round is on: max_staleness = 0
         self._stop, self._wake, self._started = threading.Event(), threading.Event(), threading.Event()
 
+        shapes, max_weight = [p.shape for p in self.holder.parameters], float(MAX_WEIGHT_IN_BATCHES * target_batch_size)
+        stock = None
+        if wire == "hivemind-1.1":  # forks, so before there are threads
+            stock = StockWire(swarm, shapes=shapes, table=averaging, max_weight=max_weight)
         self.roster = Roster(swarm, refresh_seconds=REFRESH_SECONDS[averaging.network])
         self.tracker = ProgressTracker(
             swarm.dht, swarm.run_id, target_batch_size, client_mode=swarm.is_client_mode, start=True,
@@ -98,18 +96,20 @@ class SwarmOptimizer:
             default_refresh_period=REFRESH_SECONDS[averaging.network],
             max_refresh_period=2 * REFRESH_SECONDS[averaging.network],
         )  # fmt: skip
+        self._intake = (
+            None if is_auxiliary else Intake(self.holder, self.tracker, max_staleness=averaging.max_staleness)
+        )
         self._donor = TrainingStateAverager(lambda: self.holder.snapshot())
-        self.averaging = OwnAveraging(
+        if stock is not None:
+            stock.follow(self.tracker)
+        self._wire: Wire = stock or OwnAveraging(
             swarm, num_elements=self.holder.num_elements, tracker=self.tracker, roster=self.roster,
-            schema=schema_of(
-                [tuple(p.shape) for p in self.holder.parameters], compression=averaging.compression,
-                optimizer=type(self.holder.optimizer).__name__,
-            ),
+            schema=schema_of(shapes, compression=averaging.compression, optimizer=type(self.holder.optimizer).__name__),
             table=averaging, epoch=lambda: self.holder.epoch, sketch=self._current_sketch, on_knock=self._on_knock,
-            is_auxiliary=is_auxiliary, max_weight=float(MAX_WEIGHT_IN_BATCHES * target_batch_size),
+            is_auxiliary=is_auxiliary, max_weight=max_weight,
             bandwidth=None if bandwidth_mbps is None else bandwidth_mbps * 1e6 / 8,
         )  # fmt: skip
-        self._catcher = Catcher(swarm, holder=self.holder, averaging=self.averaging)
+        self._catcher = Catcher(swarm, holder=self.holder, wire=self._wire)
         if not swarm.is_client_mode:
             swarm.call(lambda p2p: self._donor.serve(p2p, run_id=swarm.run_id), timeout_seconds=SERVE_TIMEOUT_SECONDS)
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
@@ -138,45 +138,22 @@ class SwarmOptimizer:
 
         Afterwards the model has the newest parameters. Raises what ended the rounds thread, if something did.
         """
-        assert self._accumulator is not None, "auxiliary peers have no gradients"
+        assert self._intake is not None, "auxiliary peers have no gradients"
         self.start()
+        if self._failure is not None:
+            raise self._failure
         self.tracker.note_samples(batch_size)
-        with self._boundary:
-            if self._failure is not None:
-                raise self._failure
-            if self._epoch - self._model_epoch <= self._table.max_staleness:
-                self._accumulator.add(batch_size)
-            else:
-                self.rounds.samples_dropped += batch_size
-            if self._contribution is None:
-                self.tracker.report(epoch=self._epoch, samples_accumulated=self._accumulator.num_samples)
+        self._intake.add(batch_size)
         if self._table.max_staleness == 0:
-            self._wait_for_round()
-        self._refresh_model()
+            if self._is_due(self._epoch) and time.monotonic() >= self._not_before:
+                self._intake.park()
+                self._wake.set()
+            self._intake.wait_while_parked()
+        self._intake.refresh_model()
 
     def zero_grad(self) -> None:
         for parameter in self.holder.model_parameters:
             parameter.grad = None
-
-    def _wait_for_round(self) -> None:
-        if self.tracker.is_epoch_full and time.monotonic() >= self._not_before:
-            self._wake.set()
-            self._should_park = True
-        if not self._should_park:
-            return
-        with self._boundary:
-            self._is_parked = True
-            self._boundary.notify_all()
-            while self._should_park and not self._stop.is_set() and self._failure is None:
-                self._boundary.wait(1.0)
-            self._is_parked = False
-        self.tracker.performance_ema.reset_timer()
-
-    def _refresh_model(self) -> None:
-        if self._model_epoch != self._epoch:
-            with self.holder.lock:
-                self.holder.copy_to_model()
-                self._model_epoch = self.holder.epoch
 
     def wait_for_swarm(self, *, timeout_seconds: float) -> None:
         """Let tracker and roster read the swarm's records once, so that what they say is more than our own guess."""
@@ -191,7 +168,8 @@ class SwarmOptimizer:
     def load_state_from_peers(self) -> None:
         """Become what the swarm is, before `start`; StateUnavailable after some tries."""
         self._download(min_epoch=self._epoch)
-        self._refresh_model()
+        if self._intake is not None:
+            self._intake.refresh_model()
 
     def shutdown(self) -> None:
         """Leave: withdraw our records, finish or leave the round, linger for groupmates. Some seconds at most."""
@@ -199,10 +177,10 @@ class SwarmOptimizer:
         self._wake.set()
         self.tracker.shutdown(2.0)
         self.roster.close()
-        with self._boundary:
-            self._boundary.notify_all()
+        if self._intake is not None:
+            self._intake.close()
         self._thread.join(timeout=STOP_SECONDS)
-        self.averaging.close()
+        self._wire.close()
 
     # --- the rounds thread -------------------------------------------------------------------------------------------
 
@@ -230,13 +208,14 @@ class SwarmOptimizer:
                     return
                 time.sleep(BACKOFF_SECONDS)
             finally:
-                self._unpark()
+                if self._intake is not None:
+                    self._intake.unpark()
                 self.stage = Stage.ACCUMULATE
 
     def _fail(self, error: Exception) -> None:
-        with self._boundary:
-            self._failure = error
-            self._boundary.notify_all()
+        self._failure = error
+        if self._intake is not None:
+            self._intake.close()
 
     @property
     def failure(self) -> Exception | None:
@@ -258,13 +237,13 @@ class SwarmOptimizer:
         is_called = self._called_epoch == epoch
         if is_called and (self._is_auxiliary or self.tracker.share_done >= MIN_CALLED_SHARE):
             return True
-        return self.tracker.is_epoch_full
+        return self.tracker.is_epoch_full or self.tracker.is_nearly_full(self._wire.lead_seconds)
 
     def _end_epoch(self, epoch: int) -> None:
         for _ in range(2):  # retried once: most failures are one peer's, and it will not come again
-            if not self.averaging.has_company():
+            if not self._wire.has_company():
                 self.roster.refresh(timeout_seconds=2.0)
-                if not self.averaging.has_company():
+                if not self._wire.has_company():
                     self._end_epoch_alone(epoch)
                     return
             try:
@@ -272,7 +251,7 @@ class SwarmOptimizer:
             except Behind as exc:
                 self._catch_up(exc.epoch)
                 if self._epoch <= epoch:
-                    self.averaging.matchmaker.distrust(exc.peer_id)
+                    self._wire.distrust(exc.peer_id)
                 return
             if result.average is not None:
                 self._step(epoch, result.average)
@@ -282,92 +261,76 @@ class SwarmOptimizer:
         self._not_before = time.monotonic() + BACKOFF_SECONDS * random.uniform(1.0, 2.0)
 
     def _average(self, epoch: int) -> RoundResult:
-        """One try. The gradient goes back into the accumulator unless the round is true."""
+        """One try. The gradient goes back to where it came from unless the round is true."""
         self.stage = Stage.MATCH
-        self._should_park = self._table.max_staleness == 0
         self._donor.pause()
-        is_used = False
+        result: RoundResult | None = None
         try:
-            result = self.averaging.average("gradients", epoch, self._take)
-            is_used = result.is_true
-            self._count(epoch, result)
+            result = self._wire.average("gradients", epoch, self._take)
+            is_counted = result.is_true and not self._wire.is_out_of_step
+            self._count(epoch, result, is_counted=is_counted and self.swarm.peer_id not in result.banned)
             return result
         finally:
             self._donor.resume()
-            self._settle(is_used=is_used)
+            if self._intake is not None:
+                self._intake.settle(
+                    is_used=result is not None and result.is_true, residual=result.residual if result else None
+                )
 
     def _take(self) -> tuple[torch.Tensor, float] | None:
         """What we bring, at the moment the group stands."""
         self.stage = Stage.AVERAGE
-        if self._accumulator is None:
+        while self._wire.lead_seconds and not self.tracker.is_epoch_full and not self._stop.is_set():
+            time.sleep(POLL_SECONDS)  # the group was found ahead of time, as bare peers do
+        if self._intake is None:
             return None
-        with self._boundary:
-            if self._should_park:
-                self._boundary.wait_for(lambda: self._is_parked or self._stop.is_set(), PARK_SECONDS)
-            self._contribution = self._accumulator.take()
-        if self._contribution is None:
-            return None
-        return self._contribution.vector, float(self._contribution.num_samples)
+        self._intake.park()
+        return self._intake.take()
 
-    def _settle(self, *, is_used: bool) -> None:
-        with self._boundary:
-            if self._contribution is not None and not is_used and self._accumulator is not None:
-                self._accumulator.give_back(self._contribution)
-            self._contribution = None
-
-    def _count(self, epoch: int, result: RoundResult) -> None:
-        group, own = self.averaging.last_group, self.swarm.peer_id
-        is_counted = result.average is not None and own not in result.banned
-        if result.outcome != "alone" and group is not None and own in group.out_of_step:
-            is_counted = False
-        num_samples = self._contribution.num_samples if self._contribution is not None else 0
+    def _count(self, epoch: int, result: RoundResult, *, is_counted: bool) -> None:
+        num_samples = self._intake.num_samples_taken if self._intake is not None else 0
         self.rounds.note(epoch, result, num_samples=num_samples, is_counted=is_counted)
-        if result.residual is not None and self._accumulator is not None:
-            self._accumulator.carry(result.residual)
+        self.rounds.samples_dropped = self._intake.num_dropped if self._intake is not None else 0
         for callback in self.on_round:
             callback(result, epoch)
 
     def _end_epoch_alone(self, epoch: int) -> None:
         """Nobody else is there: the swarm is we. An auxiliary peer then has nothing to step with."""
-        self._should_park = self._table.max_staleness == 0
-        taken = self._take()
-        if taken is None:
+        if self._intake is None or (taken := self._take()) is None:
             return
         vector, weight = taken
         result = RoundResult(
             outcome="alone", average=vector, digest=digest_of(vector), group_size=1, num_senders=1,
             total_weight=weight, weights={self.swarm.peer_id: weight}, detail="nobody else is there",
         )  # fmt: skip
-        self._count(epoch, result)
-        self._settle(is_used=True)
+        self._count(epoch, result, is_counted=True)
+        self._intake.settle(is_used=True)
+        self._wire.forget_group()
         self._step(epoch, vector)
 
     def _step(self, epoch: int, average: torch.Tensor) -> None:
         self.stage = Stage.STEP
-        group = self.averaging.last_group
         if not self.holder.step(average):
             self.rounds.by_outcome["non_finite"] += 1
             logger.warning("epoch=%d not stepped: the averaged gradient's norm is not finite", epoch)
         self._maybe_average_state(epoch + 1)
         self._publish()
-        if group is not None and self.swarm.peer_id in group.out_of_step:
+        if self._wire.is_out_of_step:
             logger.warning("epoch=%d our parameters are not the swarm's: downloading its state", epoch)
             self._download(min_epoch=self._epoch)
 
     def _maybe_average_state(self, epoch: int) -> None:
         """Remove drift: unlike CPUs give unlike last bits. All members of the last group decide alike."""
-        group = self.averaging.last_group
-        is_due = epoch % self._table.average_state_every == 0 and group is not None and group.drift > 0
-        if not is_due or self.swarm.peer_id in (group.out_of_step if group else ()):
-            self.averaging.matchmaker.close_state_round(epoch)
+        if not self._wire.is_state_due(epoch):
+            self._wire.close_state_round(epoch)
             return
         self._sketch = None
         try:
-            result = self.averaging.average("state", epoch, lambda: (self.holder.flat_parameters.clone(), 1.0))
+            result = self._wire.average("state", epoch, lambda: (self.holder.flat_parameters.clone(), 1.0))
         except Behind:
             result = RoundResult(outcome="failed", detail="others have averaged without us")
         self.rounds.state_by_outcome[result.outcome] += 1
-        self.averaging.matchmaker.close_state_round(epoch)
+        self._wire.close_state_round(epoch)
         logger.info("state round epoch=%d outcome=%s group_size=%d", epoch, result.outcome, result.group_size)
         if result.average is not None:
             self.holder.load_parameters(result.average)
@@ -375,19 +338,13 @@ class SwarmOptimizer:
     def _publish(self) -> None:
         """Whatever the holder has now is the swarm's state at its epoch, and ours."""
         self._sketch = None
-        self._current_sketch()
         self.rounds.parameter_norm = self._current_sketch().norm
-        with self._boundary:
-            self._epoch = self.holder.epoch
-            num_samples = self._accumulator.num_samples if self._accumulator is not None else 0
-            self.tracker.begin_epoch(self._epoch, samples_accumulated=num_samples)
+        self._epoch = self.holder.epoch
+        if self._intake is not None:
+            self._intake.begin_epoch(self._epoch)
+        else:
+            self.tracker.begin_epoch(self._epoch)
         self.roster.wake()
-
-    def _unpark(self) -> None:
-        if self._should_park:
-            with self._boundary:
-                self._should_park = False
-                self._boundary.notify_all()
 
     def _current_sketch(self) -> Sketch:
         sketch = self._sketch
@@ -412,23 +369,19 @@ class SwarmOptimizer:
             self._download(min_epoch=self._epoch + 1)
             return
         self.rounds.num_late_reads += 1
-        if self._table.max_staleness == 0:
-            self._drop_samples()
-        self.averaging.last_group = None
+        if self._intake is not None and self._table.max_staleness == 0:
+            self._intake.drop()
+        self._wire.forget_group()
         self._step(self._epoch, average)
 
     def _download(self, *, min_epoch: int) -> None:
         state = self._catcher.download(min_epoch=min_epoch, stop=self._stop)
         self.holder.load(state)
-        self._drop_samples()
+        if self._intake is not None:
+            self._intake.drop()
         self.rounds.num_resyncs += not self._is_first_state
         self._is_first_state = False
         self._publish()
-
-    def _drop_samples(self) -> None:
-        if self._accumulator is not None:
-            with self._boundary:
-                self.rounds.samples_dropped += self._accumulator.clear()
 
 
 def digest_of(vector: torch.Tensor) -> str:

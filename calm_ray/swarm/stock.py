@@ -9,6 +9,7 @@ Subclasses of stock's GradientAverager and TrainingStateAverager were rejected: 
 serve their buffers as "state", and their `step()` waits for ever for a process that has died.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,10 +33,10 @@ from calm_ray.swarm.stock_process import (
     Verdict,
 )
 from calm_ray.swarm.stock_reduce import flaw_of
-from calm_ray.swarm.verdict import RoundResult
+from calm_ray.swarm.verdict import Outcome, RoundResult
 
-Contribution = tuple[torch.Tensor, float]
-"""Flat fp32 vector, and its weight: samples for gradients, 1 for the state."""
+Take = Callable[[], tuple[torch.Tensor, float] | None]
+"""Called when the group stands: (flat fp32 vector, its weight), or None to only receive."""
 
 STATE_WEIGHT = 1.0
 """Of everybody's parameters: bare peers send no other."""
@@ -78,9 +79,7 @@ class StockAveraging:
                 self.close(linger_seconds=0.0)
                 raise SwarmUnreachable(f"the process that averages {kind} did not start: {exc!r}") from exc
 
-    def average(
-        self, kind: Kind, *, epoch: int, take: Callable[[], Contribution | None], timeout_seconds: float
-    ) -> RoundResult:
+    def average(self, kind: Kind, epoch: int, take: Take, *, timeout_seconds: float) -> RoundResult:
         """Find a group and average with it; blocks for `timeout_seconds` at most. Never raises, but what `take` does.
 
         `take` is called once the group stands, and may wait for the end of an epoch if groups are looked for ahead of
@@ -107,7 +106,11 @@ class StockAveraging:
             raise
         assert isinstance(answer, Verdict)
         result = replace(self._result(kind, answer), seconds=time.monotonic() - started)
-        return replace(result, banned={**result.banned, self._own_id: flaw}) if flaw else result
+        if not flaw:
+            return result
+        outcome: Outcome = "non_finite" if result.outcome == "zero_weight" else result.outcome
+        detail = "; ".join(filter(None, [f"our own vector: {flaw}", result.detail]))
+        return replace(result, outcome=outcome, detail=detail, banned={**result.banned, self._own_id: flaw})
 
     def is_alive(self) -> bool:
         """Whether both averaging processes run. Without one, rounds of its kind fail for ever."""
@@ -126,7 +129,7 @@ class StockAveraging:
             deadline=started + timeout_seconds, limits=self.limits,
         )  # fmt: skip
 
-    def _load(self, kind: Kind, contribution: Contribution | None) -> tuple[float, str]:
+    def _load(self, kind: Kind, contribution: tuple[torch.Tensor, float] | None) -> tuple[float, str]:
         """Put what we bring into the shared vector. Returns its weight, 0 if we only read, and why it is not sent."""
         shared, flaw = self._vectors[kind], ""
         if contribution is not None:
@@ -140,12 +143,14 @@ class StockAveraging:
         return 0.0, flaw
 
     def _result(self, kind: Kind, verdict: Verdict) -> RoundResult:
-        result = RoundResult(outcome=verdict.outcome, detail=verdict.detail, group_size=verdict.group_size)
+        result = RoundResult(
+            outcome=verdict.outcome, detail=verdict.detail, group_size=verdict.group_size,
+            bytes_sent=verdict.traffic.sent, bytes_received=verdict.traffic.received,
+        )  # fmt: skip
         if (report := verdict.report) is not None:
             result = replace(
                 result, num_senders=report.num_senders, weights=report.weights, banned=report.banned,
-                total_weight=sum(report.weights.values()), missing_fraction=report.missing_fraction,
-                bytes_sent=report.bytes_sent, bytes_received=report.bytes_received,
+                total_weight=math.fsum(report.weights.values()), missing_fraction=report.missing_fraction,
             )  # fmt: skip
         if result.outcome != "averaged":
             return result

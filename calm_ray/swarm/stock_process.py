@@ -11,7 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 
 # hivemind tells a stream by typing's alias, and only by that.
@@ -29,7 +29,7 @@ from hivemind.utils.asyncio import as_aiter, azip
 
 from calm_ray.swarm.limits import RoundLimits
 from calm_ray.swarm.node import Swarm
-from calm_ray.swarm.stock_reduce import CheckedRunner, ReduceReport
+from calm_ray.swarm.stock_reduce import CheckedRunner, ReduceReport, Traffic
 from calm_ray.swarm.verdict import Outcome
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Verdict:
     detail: str = ""
     group_size: int = 0
     report: ReduceReport | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class NoAnswerError(Exception):
@@ -108,6 +109,7 @@ class StockProcess(DecentralizedAverager):
         self._replies, self._reply = Pipe(duplex=False)
         self._round: asyncio.Task[None] | None = None
         self._number = self._num_serving = 0
+        self._traffic = Traffic()
 
     # --- in the main process -----------------------------------------------------------------------------------------
 
@@ -183,7 +185,8 @@ class StockProcess(DecentralizedAverager):
             verdict = Verdict(outcome="failed", detail=str(exc) or type(exc).__name__)
         finally:
             self._pending_groups_registered.set()  # groupmates that called early are waiting for it
-        self._reply.send((request.number, verdict))
+        self._reply.send((request.number, replace(verdict, traffic=self._traffic)))
+        self._traffic.sent = self._traffic.received = 0
 
     async def _find_group(self, request: RoundRequest) -> GroupInfo | None:
         matchmaking, limits = self._matchmaking, request.limits
@@ -230,6 +233,7 @@ class StockProcess(DecentralizedAverager):
                 is_reader=is_reader, max_weight=self._max_weight, compression=self.allreduce_kwargs["compression"],
                 part_size_bytes=self.allreduce_kwargs["part_size_bytes"],
                 sender_timeout=request.limits.chunk_seconds, reducer_timeout=2 * request.limits.chunk_seconds,
+                traffic=self._traffic,
             )  # fmt: skip
             self._running_groups[group.group_id].set_result(runner)
             try:

@@ -47,6 +47,14 @@ def flaw_of(tensor: torch.Tensor, *, limit: float = MAX_MAGNITUDE) -> str:
     return f"as large as {largest:.3g}" if largest > limit else ""
 
 
+@dataclass
+class Traffic:
+    """Payload bytes. A round's reducer goes on sending after its verdict; that is told with the next one."""
+
+    sent: int = 0
+    received: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReduceReport:
     """How an all-reduce went for one member. Crosses the process boundary by pickle."""
@@ -64,8 +72,6 @@ class ReduceReport:
     """Peer id -> weight, of those that brought all of our slice. Empty if we reduced nothing."""
     num_senders: int
     """Members that were to bring something: without those known to read only."""
-    bytes_sent: int
-    bytes_received: int
 
     def judge(self) -> tuple[Outcome, str]:
         """Pure: the outcome, and a few words on why it is no better."""
@@ -171,11 +177,11 @@ class CheckedRunner(AllReduceRunner):
 
     def __init__(
         self, *, tensors: list[torch.Tensor], is_reader: bool, max_weight: float, peer_fractions: tuple[int, ...],
-        compression: Any, tensor_infos: Any = None, part_size_bytes: int, **kwargs: Any,
+        compression: Any, tensor_infos: Any = None, part_size_bytes: int, traffic: Traffic, **kwargs: Any,
     ) -> None:  # fmt: skip
         parts = {"compression": compression, "tensor_infos": tensor_infos, "part_size_bytes": part_size_bytes}
         super().__init__(tensors=tensors, peer_fractions=peer_fractions, **parts, **kwargs)
-        self._is_reader = is_reader
+        self._is_reader, self._traffic = is_reader, traffic
         # Stock makes these two itself, from classes that it names; they are unused yet, and must not warn when they go.
         self.tensor_part_container.finished.set()
         self.tensor_part_reducer.finished.set()
@@ -187,7 +193,6 @@ class CheckedRunner(AllReduceRunner):
         self._callers: set[PeerID] = set()
         self._banned: dict[str, str] = {}
         self._failures: dict[str, str] = {}
-        self._bytes_sent = self._bytes_received = 0
 
     def report(self) -> ReduceReport:
         container, reducer = self.tensor_part_container, self.tensor_part_reducer
@@ -204,8 +209,6 @@ class CheckedRunner(AllReduceRunner):
             banned=dict(self._banned),
             weights=weights,
             num_senders=len(names) - len(readers),
-            bytes_sent=self._bytes_sent,
-            bytes_received=self._bytes_received,
         )
 
     async def rpc_aggregate_part(
@@ -218,12 +221,12 @@ class CheckedRunner(AllReduceRunner):
             return
         self._callers.add(sender)
         async for answer in super().rpc_aggregate_part(self._counted(stream), context):
-            self._bytes_sent += len(answer.tensor_part.buffer)
+            self._traffic.sent += len(answer.tensor_part.buffer)
             yield answer
 
     async def _counted(self, stream: Any) -> AsyncIterator[averaging_pb2.AveragingData]:
         async for message in stream:
-            self._bytes_received += len(message.tensor_part.buffer)
+            self._traffic.received += len(message.tensor_part.buffer)
             yield message
 
     async def _ban_sender(self, peer_id: PeerID) -> None:
@@ -238,7 +241,7 @@ class CheckedRunner(AllReduceRunner):
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
         inputs = self._reads(peer_index) if self._is_reader else super()._generate_input_for_peer(peer_index)
         async for message in inputs:
-            self._bytes_sent += len(message.tensor_part.buffer)
+            self._traffic.sent += len(message.tensor_part.buffer)
             yield message
 
     async def _reads(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
@@ -280,6 +283,6 @@ class CheckedRunner(AllReduceRunner):
     def _decode(self, message: averaging_pb2.AveragingData) -> torch.Tensor:
         if message.code != averaging_pb2.AVERAGED_PART:
             raise AllreduceException(f"answered {averaging_pb2.MessageCode.Name(message.code)}")
-        self._bytes_received += len(message.tensor_part.buffer)
+        self._traffic.received += len(message.tensor_part.buffer)
         tensor: torch.Tensor = deserialize_torch_tensor(message.tensor_part)
         return tensor
