@@ -24,7 +24,7 @@ from calm_ray.errors import StateUnavailable
 from calm_ray.swarm.averaging import OwnAveraging, schema_of
 from calm_ray.swarm.catchup import Catcher
 from calm_ray.swarm.donor import TrainingStateAverager
-from calm_ray.swarm.holder import StateHolder, StepRules
+from calm_ray.swarm.holder import HeldState, StateHolder, StepRules
 from calm_ray.swarm.intake import Intake
 from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.progress import ProgressTracker
@@ -170,6 +170,13 @@ class SwarmOptimizer:
         self._download(min_epoch=self._epoch)
         if self._intake is not None:
             self._intake.refresh_model()
+
+    def load_state(self, state: HeldState) -> None:
+        """Become `state`, before `start`: a cold start's checkpoint. ValueError if it is not of this model."""
+        self.holder.load(state)
+        self._is_first_state = False
+        self._publish()
+        self._refresh_model()
 
     def shutdown(self) -> None:
         """Leave: withdraw our records, finish or leave the round, linger for groupmates. Some seconds at most."""
