@@ -91,6 +91,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--average-state-every", type=int, default=1)
     parser.add_argument("--client-mode-dht", action="store_true")
     parser.add_argument("--client-mode", action="store_true", help="say so to the optimizer too")
+    parser.add_argument("--gate", type=Path, help="train when this file is there")
     parser.add_argument("--nan", action="store_true", help="poison every gradient")
     return parser.parse_args()
 
@@ -132,8 +133,15 @@ def main() -> None:
         os._exit(0 if sys.exc_info()[0] is None else 1)  # hivemind's threads would keep the process for a while
 
 
+def wait_for_gate(gate: Path | None) -> None:
+    """So that all begin together, who take unlike times to start."""
+    if gate is not None:
+        eventually(gate.exists, 120, f"nobody opened {gate}")
+
+
 def train(args: argparse.Namespace, model: torch.nn.Module, optimizer: Any, events: _Events) -> None:
     step, epoch, loss = 0, -1, torch.tensor(0.0)
+    wait_for_gate(args.gate)
     while not (args.folder / "stop").exists():
         if optimizer.local_epoch != epoch:
             epoch = optimizer.local_epoch

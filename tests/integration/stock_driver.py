@@ -1,9 +1,9 @@
 """Two of our peers in one process, on hivemind's wire, with just enough of a step controller to meet a bare optimizer.
 
-    python -m tests.integration.stock_driver FOLDER RUN_ID EPOCHS [bare peer's address]
+    python -m tests.integration.stock_driver FOLDER RUN_ID EPOCHS TARGET_BATCH_SIZE BARE_PEER'S_ADDRESS
 
 Each trains the model of `stock.py` by SGD. `FOLDER/rounds.json` gets every round of each peer, `FOLDER/peer-0.pt` its
-parameters after each epoch, `FOLDER/ready` the addresses.
+parameters after each epoch. It begins when `FOLDER/gate` is there, after it has made `FOLDER/ready`.
 """
 
 import json
@@ -90,7 +90,7 @@ class Peer:
         tracker.shutdown(2.0)
 
     def _average(self, kind: Any, epoch: int, take: Any) -> RoundResult:
-        result = self.averaging.average(kind, epoch=epoch, take=take, timeout_seconds=TIMEOUT_SECONDS)
+        result = self.averaging.average(kind, epoch, take, timeout_seconds=TIMEOUT_SECONDS)
         told = {name: value for name, value in asdict(result).items() if name not in ("average", "residual")}
         self.rounds.append({"kind": kind, "epoch": epoch, "is_true": result.is_true, **told})
         return result
@@ -111,14 +111,11 @@ def make_peer(number: int, folder: Path, run_id: str, initial_peers: list[str], 
 
 
 def main() -> None:
-    folder, run_id, num_epochs, target, *initial = sys.argv[1:]
+    folder, run_id, num_epochs, target, address = sys.argv[1:]
     torch.set_num_threads(1)
-    peers: list[Peer] = []
-    for number in range(NUM_PEERS):
-        known = initial or (peers[0].swarm.addresses() if peers else [])
-        peers.append(make_peer(number, Path(folder), run_id, known, int(target)))
-    (Path(folder) / "ready.part").write_text(json.dumps([peer.swarm.addresses() for peer in peers]))
-    (Path(folder) / "ready.part").rename(Path(folder) / "ready")
+    peers = [make_peer(number, Path(folder), run_id, [address], int(target)) for number in range(NUM_PEERS)]
+    (Path(folder) / "ready").touch()
+    stock.wait_for_gate(Path(folder) / "gate")
     threads = [threading.Thread(target=peer.train, args=(int(num_epochs),)) for peer in peers]
     for thread in threads:
         thread.start()
