@@ -167,16 +167,13 @@ class SwarmOptimizer:
 
     def load_state_from_peers(self) -> None:
         """Become what the swarm is, before `start`; StateUnavailable after some tries."""
-        self._download(min_epoch=self._epoch)
-        if self._intake is not None:
-            self._intake.refresh_model()
+        self.load_state(self._catcher.download(min_epoch=self._epoch, stop=self._stop))
 
     def load_state(self, state: HeldState) -> None:
         """Become `state`, before `start`: a cold start's checkpoint. ValueError if it is not of this model."""
-        self.holder.load(state)
-        self._is_first_state = False
-        self._publish()
-        self._refresh_model()
+        self._adopt(state)
+        if self._intake is not None:
+            self._intake.refresh_model()
 
     def shutdown(self) -> None:
         """Leave: withdraw our records, finish or leave the round, linger for groupmates. Some seconds at most."""
@@ -382,7 +379,9 @@ class SwarmOptimizer:
         self._step(self._epoch, average)
 
     def _download(self, *, min_epoch: int) -> None:
-        state = self._catcher.download(min_epoch=min_epoch, stop=self._stop)
+        self._adopt(self._catcher.download(min_epoch=min_epoch, stop=self._stop))
+
+    def _adopt(self, state: HeldState) -> None:
         self.holder.load(state)
         if self._intake is not None:
             self._intake.drop()
