@@ -48,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     peer.add_argument("--folder", type=Path, help="identity, log and run bundle of this peer")
     peer.add_argument("--invite", help="join the run of this invite")
     peer.add_argument("--bundle", type=Path, help="start a new run from this bundle (first auxiliary peer)")
+    peer.add_argument(
+        "--resume", type=Path, help="auxiliary peer: go on from this checkpoint, or the newest in this folder of them"
+    )
     peer.add_argument("--config", type=Path, help="TOML file with a [peer] table")
     peer.add_argument("--reach", choices=("auto", "client", "public"), default="auto")
     peer.set_defaults(command=_peer)

@@ -41,6 +41,7 @@ def _spec(args: argparse.Namespace) -> PeerSpec:
     values = {
         "role": args.role, "folder": args.folder.resolve(), "bundle": args.bundle and args.bundle.resolve(),
         "invite": args.invite, "peer": load_peer_table(args.config), "reach": args.reach,
+        "resume": args.resume and args.resume.resolve(),
     }  # fmt: skip
     return parse_table(PeerSpec, values, where="calm-ray peer")
 

@@ -34,6 +34,9 @@ class PeerSpec(Table):
     has_lease: bool = False
     """Leave when nobody holds the control socket: whoever started us is gone."""
     checkpoints: CheckpointSpec | None = None
+    resume: Path | None = None
+    """For an auxiliary peer: a checkpoint, or a folder of them (the newest counts), to go on from unless the swarm is
+    further."""
     linger_seconds: float = Field(default=20.0, ge=0)
     """After the last epoch, stay this long: groupmates may still need us, and the monitor our state."""
 
@@ -41,6 +44,8 @@ class PeerSpec(Table):
     def _knows_the_run(self) -> Self:
         if self.bundle is None and self.invite is None:
             raise ValueError("give an invite, or a bundle to start a new run from")
+        if self.resume is not None and self.role != "auxiliary":
+            raise ValueError("only an auxiliary peer can resume from a checkpoint; others get the state from it")
         return self
 
     @property

@@ -41,8 +41,9 @@ MAX_RESTARTS = 10
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 2.0, 60.0
 MAX_EQUAL_FAILURES = 3
 """The same unexpected error so often in a row will not get better by waiting: say it and stop."""
-FINAL_EXIT_CODES = frozenset({0, 2, 5})
-"""Not restarted: finished, a mistake that only the user can mend (ConfigError), a version that does not fit."""
+FINAL_EXIT_CODES = frozenset({0, 2, 5, 6})
+"""Not restarted: finished, a mistake that only the user can mend (ConfigError), a version that does not fit, a damaged
+checkpoint."""
 
 
 class Watchdog:
