@@ -8,6 +8,9 @@ import torch
 
 from benchmarks.swarm_spec import Journal, ProcessSpec
 from benchmarks.swarm_tasks import Task, digest_of, norm_only
+from calm_ray.swarm.averaging import OwnAveraging
+from calm_ray.swarm.exchange import Exchange
+from calm_ray.swarm.group import Group, Kind
 from calm_ray.swarm.holder import StepRules
 from calm_ray.swarm.node import NodeOptions, Swarm
 from calm_ray.swarm.rounds import SwarmOptimizer
@@ -34,6 +37,8 @@ class OurStepper:
         )  # fmt: skip
         self.peer_id = self._swarm.peer_id
         self.addresses = [] if spec.role == "client" else self._swarm.addresses()
+        if spec.should_watch:
+            _watch_rounds(journal)
         table = task.optimizer_table
         self.optimizer = SwarmOptimizer(
             self._swarm, param_groups=task.param_groups, averaging=spec.averaging,
@@ -47,7 +52,6 @@ class OurStepper:
         if spec.should_watch:
             for name in CHANGES:
                 self._watch_holder(name)
-            self._watch_averaging()
 
     @property
     def epoch(self) -> int:
@@ -106,20 +110,29 @@ class OurStepper:
 
         setattr(holder, name, watched)
 
-    def _watch_averaging(self) -> None:
-        """Have each round's whole length written down, beside the bound that its limits state."""
-        averaging: Any = self.optimizer.averaging
-        act: Callable[..., RoundResult] = averaging.average
 
-        def watched(kind: str, epoch: int, take: Any) -> RoundResult:
-            began = time.monotonic()
-            limits = averaging.limits(kind)
-            try:
-                return act(kind, epoch, take)
-            finally:
-                seconds, group = time.monotonic() - began, averaging.last_group
-                told = [limits, group.limits] if group is not None and group.epoch == epoch else [limits]
-                bound = max(each.matchmaking_seconds + each.round_seconds for each in told)
-                self._journal.write("averaging", kind=kind, epoch=epoch, seconds=seconds, bound_seconds=bound)
+def _watch_rounds(journal: Journal) -> None:
+    """Have each round's whole length written down, beside the bound that its limits state: its leader's and ours."""
+    averaging: Any = OwnAveraging
+    exchange: Any = Exchange
+    average, run = averaging.average, exchange.run
+    groups: list[Group] = []
 
-        averaging.average = watched
+    async def watched_run(own: Exchange, group: Group, **values: Any) -> RoundResult:
+        groups.append(group)
+        result: RoundResult = await run(own, group, **values)
+        return result
+
+    def watched_average(wire: OwnAveraging, kind: Kind, epoch: int, take: Any) -> RoundResult:
+        began, told = time.monotonic(), [wire.limits(kind)]
+        groups.clear()
+        try:
+            result: RoundResult = average(wire, kind, epoch, take)
+            return result
+        finally:
+            seconds = time.monotonic() - began
+            told += [group.limits for group in groups]
+            bound = max(each.matchmaking_seconds + each.round_seconds for each in told)
+            journal.write("averaging", kind=kind, epoch=epoch, seconds=seconds, bound_seconds=bound)
+
+    exchange.run, averaging.average = watched_run, watched_average

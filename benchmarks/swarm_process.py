@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from benchmarks.swarm_cpu import CpuMeter
 from benchmarks.swarm_spec import Journal, ProcessSpec
 from benchmarks.swarm_tasks import Task, digest_of, make_task, parameters_of
+
+if TYPE_CHECKING:
+    from benchmarks.swarm_counts import WireCounter
 
 GATE_POLL_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1
@@ -57,6 +60,7 @@ class Peer:
             os.sched_setaffinity(0, {spec.core})
         torch.set_num_threads(1)
         self.journal = Journal(spec.journal)
+        self.counter = _make_counter() if spec.should_count else None
         self.task = make_task(spec)
         self.stepper = _make_stepper(spec, self.task, self.journal)
         self.cpu = CpuMeter()
@@ -82,8 +86,7 @@ class Peer:
         while not self.stop.is_set():
             self.stepper.assist()
             if self.stepper.epoch != seen:
-                seen = self.stepper.epoch
-                self.journal.write("boundary", epoch=seen)
+                seen = self._on_boundary()
             self.stop.wait(GATE_POLL_SECONDS)
 
     def _train(self) -> None:
@@ -109,7 +112,8 @@ class Peer:
 
     def _on_boundary(self) -> int:
         epoch = self.stepper.epoch
-        self.journal.write("boundary", epoch=epoch, cpu=self.cpu.read())
+        counts = self.counter.read() if self.counter is not None else {}
+        self.journal.write("boundary", epoch=epoch, cpu=self.cpu.read(), counts=counts)
         return epoch
 
     def _on_end(self) -> None:
@@ -123,6 +127,14 @@ class Peer:
         torch.save(torch.cat([p.detach().flatten() for p in parameters]), self.spec.folder / "parameters.pt")
         digest = digest_of(parameters)
         self.journal.write("end", epoch=self.stepper.epoch, loss=self.task.held_out_loss(), digest=digest)
+
+
+def _make_counter() -> "WireCounter":
+    from benchmarks.swarm_counts import WireCounter
+
+    counter = WireCounter()
+    counter.install()
+    return counter
 
 
 def _make_stepper(spec: ProcessSpec, task: Task, journal: Journal) -> Stepper:

@@ -67,6 +67,9 @@ class ProcessSpec(BaseModel):
     should_log_batches: bool = False
     """Write a line for every micro-batch."""
 
+    should_count: bool = False
+    """Count calls, messages and DHT reads, and write the totals at every boundary."""
+
     @property
     def journal(self) -> Path:
         return self.folder / "journal.jsonl"

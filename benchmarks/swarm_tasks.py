@@ -49,6 +49,7 @@ NUM_SUCCESSORS = 4
 REGULAR_SHARE = 0.9
 LANGUAGE_SEED = 20
 NUM_HELD_OUT = 1024
+NUM_PARAMETERS = 31_212
 
 
 class TinyLanguage:
@@ -104,7 +105,7 @@ class TinyLanguage:
 
 
 def make_tiny_model(seed: int) -> nn.Sequential:
-    """31,212 parameters, initial weights from `seed` alone."""
+    """NUM_PARAMETERS, initial weights from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Embedding(VOCAB_SIZE, 32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, VOCAB_SIZE))

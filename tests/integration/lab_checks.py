@@ -84,3 +84,50 @@ def batches_by_round(events: Events, *, peer_id: str, rounds: Mapping[int, Mappi
             left -= num_samples
         assert left == 0, f"epoch {epoch}: a round took part of a micro-batch"
     return found
+
+
+def group_shares(peers: Mapping[str, Events], *, num_epochs: int) -> dict[int, float]:
+    """Epoch -> size of its true round's group as a share of the peers that were live then.
+
+    Live is who had begun before the round before this one ended, and has not left, died or failed before it ended. A
+    newcomer is thus given one epoch to be heard of, and somebody who dies during a round is missed by it.
+    """
+    ends = {}
+    for epoch in range(num_epochs):
+        clocks = [
+            event["clock"]
+            for events in peers.values()
+            for event in of_kind(events, "round")
+            if event["is_true"] and event["epoch"] == epoch
+        ]
+        if clocks:
+            ends[epoch] = min(clocks)
+    rounds = true_rounds(peers.values())
+    lives = [life for events in peers.values() for life in _lives(events)]
+    shares = {}
+    for epoch, end in ends.items():
+        known_before = ends.get(epoch - 1, float("-inf"))
+        num_live = sum(begun <= known_before and end < over for begun, over in lives)
+        if num_live:
+            shares[epoch] = rounds[epoch]["group_size"] / num_live
+    return shares
+
+
+def _lives(events: Events) -> list[tuple[float, float]]:
+    """(clock of beginning, clock of its end) of each life of a peer; one that was killed ends with its last line."""
+    lives: list[tuple[float, float]] = []
+    begun: float | None = None
+    last = 0.0
+    for event in events:
+        if event["event"] == "ready" and begun is not None:
+            lives.append((begun, last))
+            begun = None
+        if event["event"] == "begin":
+            begun = event["clock"]
+        if event["event"] in ("leaving", "failed") and begun is not None:
+            lives.append((begun, event["clock"]))
+            begun = None
+        last = event["clock"]
+    if begun is not None:
+        lives.append((begun, last))
+    return lives
