@@ -16,9 +16,9 @@ from calm_ray.swarm.node import NodeOptions, Swarm
 from calm_ray.swarm.state import download_state
 from tests.integration.runs import TinySwarm, tiny_swarm
 
-NUM_EPOCHS = 12
+NUM_EPOCHS = 40
 STEADY = {"target_batch_size": 6000, "micro_batch_size": 24}
-"""Some seconds of computing per epoch: shorter ones end before hivemind can foresee them, and its groups fall apart."""
+"""A second or two of computing per epoch, so that forty of them outlast the start of two newcomers."""
 EPOCH_SECONDS = 40.0
 """Far more than the three or four that an epoch takes here: CI's two cores may be busy."""
 
