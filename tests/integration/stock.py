@@ -28,12 +28,15 @@ LEARNING_RATES = {"sgd": 0.1, "adamw": 1e-2}
 
 
 def make_model(seed: int, *, hidden: int = 32) -> torch.nn.Sequential:
-    """Some 700 parameters in four tensors; the same for a seed in every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.nn.Sequential(
-            torch.nn.Linear(NUM_INPUTS, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, NUM_OUTPUTS)
-        )
+    """Some 700 parameters in four tensors; the same for a seed in every process and thread."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(NUM_INPUTS, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, NUM_OUTPUTS)
+    )
+    generator = torch.Generator().manual_seed(seed)  # torch's own one is shared by all threads
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def make_optimizer(name: str, params: Any) -> torch.optim.Optimizer:

@@ -206,7 +206,7 @@ def hostile(attack: Attack) -> type[DecentralizedAverager]:
 def stock_attacked(nodes: Nodes, attack: Attack) -> list[dict[str, Any]]:
     """Two honest bare peers of 1.0 and 3.0, and one that is not."""
     averagers = [nodes.bare(number, value, averager=GradientAverager) for number, value in enumerate((1.0, 3.0))]
-    averagers.append(nodes.bare(2, 0.0, averager=hostile(attack), bandwidth=attack.bandwidth))
+    averagers.append(nodes.bare(2, attack.value, averager=hostile(attack), bandwidth=attack.bandwidth))
     return bare_round(averagers, [1.0, 1.0, 1.0])[:2]
 
 
@@ -303,7 +303,7 @@ def ours_mixed(nodes: Nodes, compression: str) -> list[dict[str, Any]]:
 def ours_attacked(nodes: Nodes, attack: Attack) -> list[dict[str, Any]]:
     """Two of ours with 1.0 and 3.0, and a bare peer that is hostile."""
     peers = nodes.ours(0, 1)
-    stranger = nodes.bare(2, 0.0, averager=hostile(attack), bandwidth=attack.bandwidth)
+    stranger = nodes.bare(2, attack.value, averager=hostile(attack), bandwidth=attack.bandwidth)
     control = stranger.step(wait=False, timeout=TIMEOUT_SECONDS, weight=1.0)
     found = average_all(nodes, peers, [brings(1.0), brings(3.0)])
     result_of(control)
