@@ -1,11 +1,13 @@
-"""A state that a stranger donates: what the monitor refuses, and that it then asks the next donor."""
+"""A state that a stranger donates: who is asked first, what the monitor refuses, and that it then asks the next."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hivemind.p2p import PeerID
 
 from calm_ray.errors import StateUnavailable
 from calm_ray.peers.monitor import check_state
@@ -43,30 +45,57 @@ def test_absurd_state_is_refused(change: dict[str, Any], match: str) -> None:
         _check(replace(HONEST, **change))
 
 
+def _peer(number: int) -> str:
+    return str(PeerID(bytes([0x12, 0x20, number]) + bytes(31)).to_base58())
+
+
 class _FakeSwarm:
-    """Donors in the order in which they claim the newest epoch."""
+    """Peers by the priority that they publish: their epoch, and one half more for an auxiliary peer."""
 
     run_id = "tiny"
+    peer_id = "us"
 
-    def __init__(self, *states: TrainingState) -> None:
-        self._states = {state.donor: state for state in states}
+    def __init__(self, *offers: tuple[float, TrainingState]) -> None:
+        self._offers = offers
+        self.asked: list[str] = []
 
-    def donors(self, prefix: str) -> list[str]:
-        return list(self._states)
+    def get(self, key: str) -> dict[bytes, SimpleNamespace]:
+        assert key == "tiny_state_averager.all_averagers"
+        return {PeerID.from_base58(s.donor).to_bytes(): SimpleNamespace(value=value) for value, s in self._offers}
 
     def call(self, action: Callable[..., Any], *, timeout_seconds: float) -> TrainingState:
-        return self._states[action.keywords["donor"]]  # type: ignore[attr-defined]  # a partial
+        donor = str(action.keywords["donor"])  # type: ignore[attr-defined]  # a partial
+        self.asked.append(donor)
+        return next(state for _, state in self._offers if state.donor == donor)
 
 
-def _download(*states: TrainingState) -> TrainingState:
-    swarm: Any = _FakeSwarm(*states)
+HONEST_PEER, LIAR = _peer(1), _peer(2)
+OFFER = (7.0, replace(HONEST, donor=HONEST_PEER))
+LIE = (1e8, replace(HONEST, donor=LIAR, epoch=10**8))
+
+
+def _download(swarm: Any) -> TrainingState:
     return download_state(swarm, min_epoch=6, max_bytes=1 << 20, timeout_seconds=1, check=_check)
 
 
+def test_auxiliary_peer_is_asked_before_trainers_of_its_epoch() -> None:
+    trainers = [(7.0, replace(HONEST, donor=_peer(number))) for number in range(3, 9)]
+    swarm = _FakeSwarm(*trainers[:3], (7.5, replace(HONEST, donor=_peer(9))), *trainers[3:])
+    assert _download(swarm).donor == _peer(9)
+    assert swarm.asked == [_peer(9)]
+
+
+def test_trainer_with_a_newer_epoch_is_asked_before_an_auxiliary_peer() -> None:
+    swarm = _FakeSwarm((6.5, replace(HONEST, donor=_peer(9), epoch=6)), OFFER)
+    assert _download(swarm).donor == HONEST_PEER
+
+
 def test_donor_that_claims_the_newest_epoch_and_sends_rubbish_is_passed_over() -> None:
-    assert _download(replace(HONEST, donor="liar", epoch=10**8), HONEST) is HONEST
+    swarm = _FakeSwarm(LIE, OFFER)
+    assert _download(swarm).donor == HONEST_PEER
+    assert swarm.asked == [LIAR, HONEST_PEER]
 
 
 def test_liars_alone_are_named_with_what_they_did() -> None:
-    with pytest.raises(StateUnavailable, match=r"liar: claims epoch 100000000"):
-        _download(replace(HONEST, donor="liar", epoch=10**8))
+    with pytest.raises(StateUnavailable, match=f"{LIAR}: claims epoch 100000000"):
+        _download(_FakeSwarm(LIE))
