@@ -59,11 +59,16 @@ class Internet:
     def shape(self, number: int, *, mbit: float) -> None:
         """Give the public host `number` a line of `mbit` Mbit/s in each direction: a token bucket at either end.
 
-        The bucket holds 10 ms, but never less than some packets; the queue before it 100 ms, as a home router's.
+        The bucket holds 10 ms, but never less than some packets; the queue before it 100 ms, as a home router's. And
+        TCP's congestion control is CUBIC, as on almost every computer, whatever this machine uses: BBR keeps several
+        streams in both directions from filling such a line.
         """
+        host, network = f"{self.prefix}-host{number}", f"{PUBLIC_NET}.0/24"
+        source = f"{PUBLIC_NET}.{number}"
+        self._ip(host, "route", "change", network, "dev", "eth0", "src", source, "congctl", "cubic")
         burst = max(16_000, round(mbit * 1e6 / 8 / 100))
         shaper = ("root", "tbf", "rate", f"{round(mbit * 1000)}kbit", "burst", str(burst), "latency", "100ms")
-        self.run(f"{self.prefix}-host{number}", "tc", "qdisc", "replace", "dev", "eth0", *shaper)
+        self.run(host, "tc", "qdisc", "replace", "dev", "eth0", *shaper)
         self.run(self._switch, "tc", "qdisc", "replace", "dev", f"p{number}", *shaper)
 
     def host_behind_nat(self, number: int, *, drops_strangers: bool) -> str:
