@@ -92,12 +92,26 @@ class OwnAveraging:
         return expected
 
     def has_company(self) -> bool:
-        return bool(self._expected())
+        """Whether anybody else seems alive: not only expected now, and not found unreachable since it last wrote.
+
+        Whoever says no here steps alone, so one failed round is no reason to.
+        """
+        now = get_dht_time()
+        alive = {p for p, record in self._tracker.records.items() if now - record.time < LIVE_SECONDS}
+        alive |= {p for p, holder in self._roster.holders.items() if holder.is_auxiliary and holder.is_fresh(now=now)}
+        return bool(alive - self._matchmaker.unreachable - {self._swarm.peer_id})
 
     def _note_absent(self, group: Group | None) -> None:
-        """Do not wait again for those who did not come, until they show a sign of life."""
+        """Do not wait again for those who did not come, until they show a sign of life.
+
+        Without a group, that is only those who cannot be reached: the others may be looking for us at this moment.
+        """
+        expected = self._expected()
         present = {member.peer_id for member in group.members} if group else set()
-        for peer in self._expected().keys() - present:
+        missing = expected.keys() - present
+        if group is None:
+            missing = {p for p in missing if not expected[p] or p in self._matchmaker.unreachable}
+        for peer in missing:
             record, holder = self._tracker.records.get(peer), self._roster.holders.get(peer)
             self._absent[peer] = record.time if record else float(holder.epoch if holder else 0)
         for peer in present & self._absent.keys():

@@ -94,6 +94,7 @@ class Matchmaker(ServicerBase):
         self._gatherings: dict[Key, Gathering] = {}
         self._leaders: dict[Key, str] = {}
         self._suspects: dict[str, float] = {}
+        self._unreachable: dict[str, float] = {}
         self._closed_states: set[int] = set()
         self._active: Key | None = None
         self._p2p: P2P | None = None
@@ -163,6 +164,12 @@ class Matchmaker(ServicerBase):
     def distrust(self, peer_id: str) -> None:
         """`peer_id` says that a round is over, and cannot show it: do not listen to it for a while."""
         self._suspects[peer_id] = time.monotonic() + SUSPECT_SECONDS
+
+    @property
+    def unreachable(self) -> set[str]:
+        """Full peers that could not be called or asked lately."""
+        now = time.monotonic()
+        return {peer for peer, until in self._unreachable.items() if until > now}
 
     def done(self) -> None:
         """The round that `find` found a group for is over, whatever came of it."""
@@ -247,6 +254,8 @@ class Matchmaker(ServicerBase):
         except Exception as exc:  # noqa: BLE001  whatever a stranger's peer does, it is not our leader
             logger.info("matchmaking kind=%s epoch=%d leader=%s problem=%r", *key, leader, exc)
             self._suspects[leader] = time.monotonic() + SUSPECT_SECONDS
+            if stream is None:
+                self._unreachable[leader] = self._suspects[leader]
             return None
         finally:
             self._leaders.pop(key, None)
@@ -327,7 +336,9 @@ class Matchmaker(ServicerBase):
         except Exception as exc:  # noqa: BLE001  dead, a client, not of this run: it may still come by itself
             logger.debug("matchmaking kind=%s epoch=%d call=%s problem=%r", *key, peer_id, exc)
             gathering.unreachable.add(peer_id)
+            self._unreachable[peer_id] = time.monotonic() + SUSPECT_SECONDS
             return
+        self._unreachable.pop(peer_id, None)
         epoch = fields.get("epoch")
         if isinstance(epoch, int) and epoch > key[1] and peer_id not in self._suspects:
             gathering.behind = Behind(epoch, peer_id)

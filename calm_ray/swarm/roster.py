@@ -6,6 +6,7 @@ to compute, so they are asked first. Cost: each peer reads one record of N entri
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,12 @@ class Holder:
 
     epoch: int
     is_auxiliary: bool
+    expires_at: float = math.inf
+    """DHT time. It renews its offer every RENEW_SECONDS, for LIFETIME_SECONDS each time."""
+
+    def is_fresh(self, *, now: float) -> bool:
+        """Whether it has renewed its offer lately: one renewal may get lost."""
+        return self.expires_at - now > LIFETIME_SECONDS - 2.5 * RENEW_SECONDS
 
 
 def state_prefix(run_id: str) -> str:
@@ -50,7 +57,8 @@ def parse_roster(entries: Any, *, own_peer_id: str) -> dict[str, Holder]:
             continue
         peer_id = PeerID(peer).to_base58()
         if peer_id != own_peer_id:
-            holders[peer_id] = Holder(epoch=int(value), is_auxiliary=value % 1 == 0.5)
+            expires_at = getattr(entry, "expiration_time", math.inf)
+            holders[peer_id] = Holder(epoch=int(value), is_auxiliary=value % 1 == 0.5, expires_at=expires_at)
     return holders
 
 
