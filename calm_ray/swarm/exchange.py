@@ -201,10 +201,12 @@ class Exchange:
         """A true round: keep its average for others, and what its encoding left out for the next one."""
         kind = round_.group.kind
         self._kept[kind] = round_.kept(result.digest)
-        if round_.desk is not None and round_.desk.reduction.residual is not None:
-            carried = self._carried.setdefault(kind, np.zeros(self._num_elements[kind], dtype=np.float32))
-            start, stop = round_.layout.slice_of(round_.place)
-            carried[start:stop] = round_.desk.reduction.residual
+        for number, desk in round_.desks.items():
+            if desk.reduction.residual is not None:
+                if kind not in self._carried:
+                    self._carried[kind] = np.zeros(self._num_elements[kind], dtype=np.float32)
+                start, stop = round_.layout.extent(number)
+                self._carried[kind][start:stop] = desk.reduction.residual
 
     async def _on_exchange(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = Stream(reader, writer, Traffic())

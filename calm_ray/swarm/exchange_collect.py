@@ -30,8 +30,8 @@ class Collection:
         self.average: Vector = np.empty(layout.num_elements, dtype=np.float32)
         self.encoded: list[bytes | None] = [None] * layout.num_parts
         self.num_missing = layout.num_parts
-        self.live_owners: set[int] = set()
-        """Members who reduce and may still hand out parts to us themselves."""
+        self.live_slices: set[int] = set()
+        """Those whose reducer may still hand out parts to us itself."""
 
     def max_bytes(self) -> int:
         return self.codec.encoded_bytes(self.layout.part_elements)
@@ -48,9 +48,9 @@ class Collection:
             self.encoded[part] = payload
             self.num_missing -= 1
 
-    def missing(self, owner: int) -> range:
-        """From the first part that is missing of a member's slice to its end; parts come in order."""
-        parts = self.layout.parts_of(owner)
+    def missing(self, number: int) -> range:
+        """From the first part that is missing of a slice to its end; parts come in order."""
+        parts = self.layout.parts_of(number)
         return range(next((part for part in parts if self.encoded[part] is None), parts.stop), parts.stop)
 
     def missing_fraction(self) -> float:
@@ -59,7 +59,7 @@ class Collection:
 
 
 class Courier:
-    """Goes to one reducer with our part of its slice, and comes back with its averages."""
+    """Goes to a reducer with our part of one of its slices, and comes back with the averages."""
 
     def __init__(
         self,
@@ -67,7 +67,6 @@ class Courier:
         *,
         protocol: str,
         reducer: str,
-        owner: int,
         opening: Opening,
         vector: Vector | None,
         residual: Vector | None,
@@ -76,7 +75,7 @@ class Courier:
         traffic: Traffic,
     ) -> None:
         """`vector`: what we bring, shape (num_elements,), or None. `residual`: as long, gets what encoding left out."""
-        self._p2p, self._protocol, self._reducer, self.owner = p2p, protocol, reducer, owner
+        self._p2p, self._protocol, self._reducer, self.number = p2p, protocol, reducer, opening.slice
         self._opening, self._vector, self._residual = opening, vector, residual
         self._collection, self._limits, self._traffic = collection, limits, traffic
         self.ban: Ban | None = None
@@ -84,10 +83,11 @@ class Courier:
         self.ending: Ending | None = None
 
     async def run(self) -> None:
-        """Does not raise for what the reducer does; then `missing(owner)` of the collection is not empty."""
-        self._collection.live_owners.add(self.owner)
+        """Does not raise for what the reducer does; then `missing(number)` of the collection is not empty."""
+        self._collection.live_slices.add(self.number)
         try:
-            for attempt in range(OPEN_ATTEMPTS):
+            for _ in range(OPEN_ATTEMPTS):
+                is_open = False
                 try:
                     async with open_stream(
                         self._p2p,
@@ -96,7 +96,7 @@ class Courier:
                         timeout_seconds=self._limits.request_seconds,
                         traffic=self._traffic,
                     ) as stream:
-                        attempt = OPEN_ATTEMPTS  # the reducer takes one stream from each member
+                        is_open = True
                         await self._talk(stream)
                         return
                 except (*PEER_FAULTS, BadPart) as exc:
@@ -104,10 +104,10 @@ class Courier:
                         "reducer_lost peer=%s epoch=%d reason=%s: %s",
                         self._reducer, self._opening.epoch, type(exc).__name__, exc,
                     )  # fmt: skip
-                    if attempt >= OPEN_ATTEMPTS - 1:
-                        return
+                    if is_open:
+                        return  # the reducer takes one stream for a slice from each member
         finally:
-            self._collection.live_owners.discard(self.owner)
+            self._collection.live_slices.discard(self.number)
 
     async def _talk(self, stream: Stream) -> None:
         await stream.send(FrameKind.OPENING, self._opening.encode())
@@ -122,7 +122,7 @@ class Courier:
         if self._vector is None:
             return
         codec, layout, weight = self._collection.codec, self._collection.layout, np.float32(self._opening.weight)
-        for part in layout.parts_of(self.owner):
+        for part in layout.parts_of(self.number):
             start, stop = layout.span(part)
             values = self._vector[start:stop]
             payload = codec.encode(values)
@@ -135,7 +135,7 @@ class Courier:
         # The reducer may learn of the group later than we, and first lets us wait for that.
         patience = limits.request_seconds + 2 * limits.chunk_seconds
         max_bytes = max(self._collection.max_bytes(), 2**18)
-        parts = iter(self._collection.layout.parts_of(self.owner))
+        parts = iter(self._collection.layout.parts_of(self.number))
         async with asyncio.timeout(patience) as clock:
             while True:
                 kind, payload = await stream.receive(max_bytes=max_bytes)
@@ -161,7 +161,7 @@ class Courier:
     def _forget_residual(self) -> None:
         """What was not counted was lost whole: there is nothing left to make up for."""
         assert self.ban is not None
-        parts = self._collection.layout.parts_of(self.owner)
+        parts = self._collection.layout.parts_of(self.number)
         if self._residual is not None and self.ban.counted < len(parts):
             start, _ = self._collection.layout.span(parts[self.ban.counted])
-            self._residual[start : self._collection.layout.slice_of(self.owner)[1]] = 0
+            self._residual[start : self._collection.layout.extent(self.number)[1]] = 0

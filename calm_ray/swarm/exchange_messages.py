@@ -42,7 +42,7 @@ def decode(kind: type[M], payload: bytes) -> M:
 
 
 class Opening(Message):
-    """A member to a reducer: here I am, this is what I bring."""
+    """A member to a reducer: here I am, this is what I bring to one of your slices."""
 
     group_id: GroupId
     kind: Kind
@@ -51,6 +51,7 @@ class Opening(Message):
     """0 for a reader."""
     num_elements: int
     codec: str = Field(max_length=16)
+    slice: int
 
 
 class Ending(Message):

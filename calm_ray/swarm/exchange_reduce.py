@@ -27,13 +27,23 @@ SLICE_OF_LOOP_SECONDS = 0.005
 
 
 class ReducerDesk:
-    """Serves one slice to a group. `begin` once on the loop; then `serve` for every caller, and `work` beside it."""
+    """Serves one slice to a group: `serve` every caller, and `work` beside it. Made on the loop."""
 
     def __init__(
-        self, group: Group, reduction: Reduction, *, codec: PartCodec, on_part: Callable[[int, bytes, Vector], None]
+        self,
+        group: Group,
+        reduction: Reduction,
+        *,
+        codec: PartCodec,
+        on_part: Callable[[int, bytes, Vector], None],
+        on_ban: Callable[[str, str], None],
     ) -> None:
-        """`on_part(number within the slice, encoded, decoded)` gets every average as it is finished."""
-        self._group, self.reduction, self._codec, self._on_part = group, reduction, codec, on_part
+        """`on_part(number within the slice, encoded, decoded)` gets every average as it is finished.
+
+        `on_ban(peer, reason)` is called when this desk bans a peer, so that the reducer's other desks do so too.
+        """
+        self._group, self.reduction, self._codec = group, reduction, codec
+        self._on_part, self._on_ban = on_part, on_ban
         self._limits = group.limits
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
@@ -74,6 +84,7 @@ class ReducerDesk:
         self._callers.add(peer)
         if reason := self.reduction.admit(peer, opening.weight):
             logger.warning("sender_refused peer=%s reason=%s", peer, reason)
+            self._on_ban(peer, reason)
         self._heard_at[peer] = self._loop.time()
         self._notify()
         hearing = asyncio.create_task(self._hear(peer, stream, is_sender=opening.weight != 0 and not reason))
@@ -170,9 +181,15 @@ class ReducerDesk:
             for peer in incomplete:
                 self._ban(peer, f"not done after {now - self._began:.0f} s")
 
+    def ban(self, peer: str, reason: str) -> None:
+        """Go on without what this sender still owes."""
+        self.reduction.ban(peer, reason[:400])
+        self._notify()
+
     def _ban(self, peer: str, reason: str) -> None:
         if peer in self.reduction.incomplete():
             self.reduction.ban(peer, reason[:400])
+            self._on_ban(peer, reason)
             logger.warning("sender_banned peer=%s epoch=%d reason=%s", peer, self._group.epoch, reason)
         self._notify()
 

@@ -47,10 +47,10 @@ async def hand_out_parts(stream: Stream, request: PartsRequest, kept: Kept | Non
     layout = collection.layout
     last = layout.num_parts if request.last < 0 else min(request.last, layout.num_parts)
     wanted = range(min(request.first, last), last)
-    owners = {layout.owner_of(part) for part in wanted if collection.encoded[part] is None}
+    lacking = {layout.slice_with(part) for part in wanted if collection.encoded[part] is None}
     header = PartsHeader(
         is_known=True,
-        may_come=bool(owners & collection.live_owners),
+        may_come=bool(lacking & collection.live_slices),
         codec=collection.codec.name,
         bounds=list(layout.bounds),
         digest=kept.digest,
@@ -119,13 +119,13 @@ class Repair:
         self._p2p, self._protocol, self._request, self._peers = p2p, protocol, request, list(peers)
         self._collection, self._limits, self._traffic = collection, limits, traffic
 
-    async def run(self, owner: int) -> None:
-        """Fill in `owner`'s slice as far as anybody can. Does not raise for what peers do."""
+    async def run(self, number: int) -> None:
+        """Fill in a slice as far as anybody can. Does not raise for what peers do."""
         is_hopeless = 0
-        while (missing := self._collection.missing(owner)) and is_hopeless < 2:
-            hopes = [await self._ask(peer, missing) for peer in self._peers if self._collection.missing(owner)]
+        while (missing := self._collection.missing(number)) and is_hopeless < 2:
+            hopes = [await self._ask(peer, missing) for peer in self._peers if self._collection.missing(number)]
             is_hopeless = 0 if any(hopes) else is_hopeless + 1
-            if self._collection.missing(owner):
+            if self._collection.missing(number):
                 await asyncio.sleep(PAUSE_SECONDS)
 
     async def _ask(self, peer: str, missing: range) -> bool:

@@ -91,21 +91,23 @@ class Round:
             else None
         )
         self.place = [member.peer_id for member in members].index(self.own_id)
-        self.desk = self._desk() if self.layout.parts_of(self.place) else None
-        self.work = asyncio.create_task(self.desk.work()) if self.desk else None
-        self.couriers = [
-            self._courier(place) for place in range(len(members)) if place != self.place and self.layout.parts_of(place)
-        ]
+        self.others = {member.peer_id for member in members} - {self.own_id}
+        self.weights: dict[str, float] = {}
+        own = [number for number in self.layout.slices if self.layout.reducers[number] == self.place]
+        self.desks = {number: self._desk(number) for number in own}
+        self.work = [asyncio.create_task(desk.work()) for desk in self.desks.values()]
+        self.couriers = [self._courier(number) for number in self.layout.slices if number not in self.desks]
 
-    @property
-    def opening(self) -> Opening:
+    def opening(self, number: int, weight: float) -> Opening:
+        """What a member who brings `weight` says to the reducer of a slice."""
         return Opening(
             group_id=self.group.group_id.hex(),
             kind=self.group.kind,
             epoch=self.group.epoch,
-            weight=self.contribution.weight,
+            weight=weight,
             num_elements=self.num_elements,
             codec=self.codec.name,
+            slice=number,
         )
 
     async def run(self) -> RoundResult:
@@ -114,22 +116,26 @@ class Round:
         try:
             async with asyncio.timeout_at(self.deadline):
                 await asyncio.gather(*(self._collect_from(courier) for courier in self.couriers))
-                if self.work is not None:
-                    await asyncio.shield(self.work)
+                await asyncio.shield(asyncio.gather(*self.work))
         except TimeoutError:
             is_late = True
         return await self._judge(is_late=is_late)
 
     async def serve(self, peer: str, opening: Opening, stream: Stream) -> None:
         """Reduce for one caller. One of PEER_FAULTS if it breaks off."""
-        ours = self.opening.model_copy(update={"weight": opening.weight})
-        if self.desk is None or peer not in {member.peer_id for member in self.group.members}:
-            await refuse(stream, "not in this group" if self.desk else "I reduce nothing")
-        elif opening != ours:
-            self.desk.refuse_sender(peer, "its round differs from ours (kind, epoch, size or codec)")
+        desk = self.desks.get(opening.slice)
+        if peer not in self.others:
+            await refuse(stream, "not in this group")
+        elif desk is None:
+            await refuse(stream, "I do not reduce this slice")
+        elif opening.model_dump(exclude={"weight"}) != self.opening(opening.slice, 0.0).model_dump(exclude={"weight"}):
+            self._refuse(peer, "its round differs from ours (kind, epoch, size or codec)")
             await refuse(stream, "your round differs from mine (kind, epoch, size or codec)")
+        elif repr(self.weights.setdefault(peer, opening.weight)) != repr(opening.weight):  # a NaN is not itself
+            self._refuse(peer, "it names more than one weight")
+            await refuse(stream, "you name more than one weight")
         else:
-            await self.desk.serve(peer, opening, stream)
+            await desk.serve(peer, opening, stream)
 
     def kept(self, digest: str = "") -> Kept:
         return Kept(
@@ -139,22 +145,21 @@ class Round:
     def is_served(self) -> bool:
         """Whether nobody needs us any more: all who came have hung up, and the others had time enough to come."""
         now, limits = asyncio.get_running_loop().time(), self.group.limits
-        if self.desk is None or now >= self.deadline:
+        if now >= self.deadline:
             return True
-        others = {member.peer_id for member in self.group.members} - {self.own_id}
-        has_come = self.desk.served == others or now > self.began + limits.request_seconds + limits.chunk_seconds
-        return has_come and not self.handlers
+        have_come = all(desk.served == self.others for desk in self.desks.values())
+        return (have_come or now > self.began + limits.request_seconds + limits.chunk_seconds) and not self.handlers
 
     async def cancel(self) -> None:
         """End everything that this round still does."""
-        tasks = [*self.handlers, *([self.work] if self.work else [])]
+        tasks = [*self.handlers, *self.work]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _desk(self) -> ReducerDesk:
-        start, stop = self.layout.slice_of(self.place)
-        parts = self.layout.parts_of(self.place)
+    def _desk(self, number: int) -> ReducerDesk:
+        start, stop = self.layout.extent(number)
+        parts = self.layout.parts_of(number)
         spans = [self.layout.span(part) for part in parts]
         own, members = self.contribution.vector, self.group.members
         is_sender = members[self.place].is_sender and own is not None
@@ -172,16 +177,24 @@ class Round:
             self.group,
             reduction,
             codec=self.codec,
-            on_part=lambda number, payload, decoded: self.collection.keep(parts[number], payload, decoded),
+            on_part=lambda index, payload, decoded: self.collection.keep(parts[index], payload, decoded),
+            on_ban=self._ban,
         )
 
-    def _courier(self, place: int) -> Courier:
+    def _ban(self, peer: str, reason: str) -> None:
+        for desk in self.desks.values():
+            desk.ban(peer, reason)
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        for desk in self.desks.values():
+            desk.refuse_sender(peer, reason)
+
+    def _courier(self, number: int) -> Courier:
         return Courier(
             self.p2p,
             protocol=self.protocols.exchange,
-            reducer=self.group.members[place].peer_id,
-            owner=place,
-            opening=self.opening,
+            reducer=self.group.members[self.layout.reducers[number]].peer_id,
+            opening=self.opening(number, self.contribution.weight),
             vector=self.contribution.vector,
             residual=self.residual,
             collection=self.collection,
@@ -193,7 +206,7 @@ class Round:
         await courier.run()
         if courier.failure is not None and courier.failure.outcome != "failed":
             return  # nobody has what its reducer could not make
-        if self.collection.missing(courier.owner):
+        if self.collection.missing(courier.number):
             repair = Repair(
                 self.p2p,
                 protocol=self.protocols.parts,
@@ -205,7 +218,7 @@ class Round:
                 limits=self.group.limits,
                 traffic=self.traffic,
             )
-            await repair.run(courier.owner)
+            await repair.run(courier.number)
 
     def _likely_holders(self) -> list[str]:
         """The other members, those who can be called first."""
@@ -238,8 +251,7 @@ class Round:
         if not self.collection.num_missing:
             return "averaged", self.contribution.objection
         failures = [courier.failure for courier in self.couriers if courier.failure is not None]
-        if self.desk is not None and self.desk.failure is not None:
-            failures.append(self.desk.failure)
+        failures += [desk.failure for desk in self.desks.values() if desk.failure is not None]
         for failure in sorted(failures, key=lambda failure: failure.outcome == "failed"):
             if failure.outcome == "zero_weight" and self.contribution.objection:
                 return "non_finite", self.contribution.objection
@@ -255,14 +267,12 @@ class Round:
         banned = {peer: reason for ending in endings for peer, reason in ending.banned.items()}
         if self.contribution.objection:
             banned[self.own_id] = self.contribution.objection
-        if self.desk is not None and self.desk.reduction.is_complete:
-            banned |= self.desk.reduction.banned
-            return self.desk.reduction.weights(), banned
-        weights: dict[str, float] = dict(endings[0].weights) if endings else {}
-        for ending in endings[1:]:
-            common = weights.keys() & ending.weights.keys()
-            weights = {peer: min(weights[peer], ending.weights[peer]) for peer in common}
-        return weights, banned
+        ours = [desk.reduction for desk in self.desks.values() if desk.reduction.is_complete]
+        for reduction in ours:
+            banned |= reduction.banned
+        told = [reduction.weights() for reduction in ours] or [ending.weights for ending in endings]
+        common = set.intersection(*(set(weights) for weights in told)) if told else set()
+        return {peer: min(weights[peer] for weights in told) for peer in sorted(common)}, banned
 
 
 def digest_of(average: Vector) -> str:

@@ -11,18 +11,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+MIN_STREAMS = 8
+"""A member has at least so many streams in a round. Yamux lets 256 kB of a stream be on the way until it sees a longer
+round trip than that of the idle line; over a line that is full in both directions one stream then gets 1.3 MB/s."""
 FRACTION_UNITS = 2**40
 """Fractions are rounded to multiples of 1/FRACTION_UNITS of the largest possible share: far below one element."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Slices, one per member and contiguous, and their parts, numbered through from the first slice to the last."""
+    """Contiguous slices, and their parts, numbered through from the first slice to the last.
+
+    A reducer has one slice; or, if there are few reducers, several of about the same length, each with streams of its
+    own.
+    """
 
     bounds: tuple[int, ...]
-    """Element at which each member's slice begins, and the length of the vector at the end; never decreasing."""
+    """Element at which each slice begins, and the length of the vector at the end; never decreasing."""
     part_elements: int
     """Elements in every part but the last of a slice, which may be shorter."""
+    reducers: tuple[int, ...] = ()
+    """For each slice, the number of its reducer among the group's members; empty in a layout that came from a peer."""
 
     @classmethod
     def from_fractions(cls, fractions: Sequence[float], *, num_elements: int, part_elements: int) -> "Layout":
@@ -33,8 +42,14 @@ class Layout:
         total = sum(units)
         if not total:
             raise ValueError("no member averages anything")
-        bounds = [0, *(num_elements * so_far // total for so_far in accumulate(units))]
-        return cls(bounds=tuple(bounds), part_elements=part_elements)
+        reducers = [member for member, unit in enumerate(units) if unit]
+        lanes = -(-MIN_STREAMS // len(reducers))
+        ends = accumulate(units[member] for member in reducers for _ in range(lanes))
+        return cls(
+            bounds=(0, *(num_elements * end // (total * lanes) for end in ends)),
+            part_elements=part_elements,
+            reducers=tuple(member for member in reducers for _ in range(lanes)),
+        )
 
     def __post_init__(self) -> None:
         if self.part_elements < 1 or self.bounds[:1] != (0,) or any(a > b for a, b in pairwise(self.bounds)):
@@ -48,23 +63,28 @@ class Layout:
     def num_parts(self) -> int:
         return self._first_parts[-1]
 
-    def slice_of(self, member: int) -> tuple[int, int]:
-        """First element of a member's slice, and the one after its last."""
-        return self.bounds[member], self.bounds[member + 1]
+    @property
+    def slices(self) -> list[int]:
+        """Numbers of the slices that have elements."""
+        return [number for number, (start, stop) in enumerate(pairwise(self.bounds)) if start < stop]
 
-    def parts_of(self, member: int) -> range:
-        """Numbers of the parts of a member's slice."""
-        return range(self._first_parts[member], self._first_parts[member + 1])
+    def extent(self, number: int) -> tuple[int, int]:
+        """First element of a slice, and the one after its last."""
+        return self.bounds[number], self.bounds[number + 1]
 
-    def owner_of(self, part: int) -> int:
-        """The member whose slice holds `part`."""
+    def parts_of(self, number: int) -> range:
+        """Numbers of the parts of a slice."""
+        return range(self._first_parts[number], self._first_parts[number + 1])
+
+    def slice_with(self, part: int) -> int:
+        """The slice that holds `part`."""
         return bisect_right(self._first_parts, part) - 1
 
     def span(self, part: int) -> tuple[int, int]:
         """First element of a part, and the one after its last."""
-        owner = self.owner_of(part)
-        start = self.bounds[owner] + (part - self._first_parts[owner]) * self.part_elements
-        return start, min(start + self.part_elements, self.bounds[owner + 1])
+        number = self.slice_with(part)
+        start = self.bounds[number] + (part - self._first_parts[number]) * self.part_elements
+        return start, min(start + self.part_elements, self.bounds[number + 1])
 
     @cached_property
     def _first_parts(self) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class Answer:
 def opening_of(group: Group, **changes: Any) -> bytes:
     usual = {
         "group_id": group.group_id.hex(), "kind": group.kind, "epoch": group.epoch, "weight": WEIGHTS[2],
-        "num_elements": NUM_ELEMENTS, "codec": "none",
+        "num_elements": NUM_ELEMENTS, "codec": "none", "slice": 0,
     }  # fmt: skip
     return Opening(**{**usual, **changes}).encode()
 
@@ -94,7 +94,7 @@ async def two_beside(
         honest = asyncio.create_task(run_all(members[:2], group, vectors=VECTORS[:2], weights=WEIGHTS[:2]))
         answers = await asyncio.gather(
             *(
-                speak(members[2], members[r], opening=opening_of(group, **openings), frames=frames[r], raw=raw)
+                speak(members[2], members[r], opening=opening_of(group, slice=r, **openings), frames=frames[r], raw=raw)
                 for r in range(2)
             )
         )

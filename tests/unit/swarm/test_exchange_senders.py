@@ -43,6 +43,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _one_slice_for_each_reducer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the stranger has few streams to speak on."""
+    monkeypatch.setattr("calm_ray.swarm.parts.MIN_STREAMS", 1)
+
+
 @pytest.fixture(scope="module")
 def net() -> Iterator[Loopback]:
     with loopback() as found:
