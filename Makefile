@@ -29,7 +29,7 @@ help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.has-demo
-	$(BIN) -m launchers.job runs/demo.toml
+	$(BIN) -m launchers.job runs/demo.toml --fresh
 
 test: $(VENV)/.has-test
 	$(BIN) -m pytest -m "not slow" --durations 5 $(PYTEST_ARGS)

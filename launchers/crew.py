@@ -16,7 +16,7 @@ from calm_ray.peers.status import PeerStatus
 from calm_ray.report import Role
 from calm_ray.signing import load_or_create_key, public_bytes
 from launchers.organiser import OrganiserConfig
-from launchers.output import BUNDLE, CHECKPOINTS, KEY
+from launchers.output import BUNDLE, CHECKPOINTS, KEY, PEERS
 
 START_SECONDS = 120.0
 CALL_SECONDS = 30.0
@@ -36,8 +36,9 @@ class Member:
 class Crew:
     """Auxiliary peers first, for their addresses make the invite; then the monitor, then trainers."""
 
-    def __init__(self, config: OrganiserConfig, *, out: Path) -> None:
-        self._config, self._out = config, out
+    def __init__(self, config: OrganiserConfig, *, out: Path, resume: Path | None) -> None:
+        """`resume`: a folder of checkpoints from which the first peer brings the swarm back to life."""
+        self._config, self._out, self._resume = config, out, resume
         self.members: list[Member] = []
         self.invite: Invite | None = None
 
@@ -73,10 +74,11 @@ class Crew:
         checkpoints: CheckpointSpec | None = None, num_gpus: float = 0,
     ) -> None:  # fmt: skip
         name = f"{role}-{index}"
-        folder = self._out / "peers" / name
+        folder = self._out / PEERS / name
         spec = PeerSpec(
             role=role, folder=folder, invite=invite, bundle=self._out / BUNDLE if invite is None else None,
             peer=self._config.peer.model_copy(update={"name": ""}), reach="public", checkpoints=checkpoints,
+            resume=self._resume if invite is None else None,
             linger_seconds=3600,  # the job says when the last checkpoint is written
         )  # fmt: skip
         actor = (

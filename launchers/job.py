@@ -1,7 +1,8 @@
 """The Ray job: the organiser's composition root.
 
-    python -m launchers.job runs/demo.toml           bring up the run's own peers and watch them until its last epoch
-    python -m launchers.job config runs/demo.toml    check all three tables and print them
+    python -m launchers.job runs/demo.toml             bring up the run's own peers and watch them until its last epoch
+    python -m launchers.job runs/demo.toml --resume    go on from the newest checkpoint
+    python -m launchers.job config runs/demo.toml      check all three tables and print them
 
 On a laptop it starts a Ray of its own; under `ray job submit` it uses the cluster it was submitted to.
 """
@@ -17,11 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from calm_ray.checkpoint.manifest import folder_name
+from calm_ray.checkpoint.manifest import read_manifest
 from calm_ray.cli.invite import INVITE_FILE, install_line
 from calm_ray.errors import CalmRayError, ConfigError
 from launchers.organiser import OrganiserConfig, load_organiser
-from launchers.output import BUNDLE, CHECKPOINTS, claim_output
+from launchers.output import BUNDLE, CHECKPOINTS, Start, claim_output, newest_epoch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +52,18 @@ def _run_job(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="launchers.job", description="Bring up a run's own peers and watch them.")
     parser.add_argument("config", type=Path, help="a run's TOML file, such as runs/demo.toml")
     parser.add_argument("--out", type=Path, help="output folder (default: out/RUN_ID)")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in the output folder, if there is one"
+    )
+    begin.add_argument("--fresh", action="store_true", help="begin anew, and move what is there to OUT.previous")
     args = parser.parse_args(argv)
+    start: Start = "resume" if args.resume else "fresh" if args.fresh else "new"
     config = load_organiser(args.config)
     out = (args.out or Path("out") / config.run.run_id).resolve()
     _say_hello(config, out)
-    with claim_output(out):
-        _prepare(args.config, out)
-        return _train_and_judge(config, out)
+    with claim_output(out, start=start):
+        return _train_and_judge(config, out, begin=_prepare(args.config, out, start=start))
 
 
 def _say_hello(config: OrganiserConfig, out: Path) -> None:
@@ -70,30 +76,38 @@ def _say_hello(config: OrganiserConfig, out: Path) -> None:
     )
 
 
-def _prepare(config_path: Path, out: Path) -> None:
-    """In a process of its own: the driver stays free of torch."""
+def _prepare(config_path: Path, out: Path, *, start: Start) -> Path:
+    """The checkpoint to begin with. In a process of its own: the driver stays free of torch."""
     try:
         install = install_line(None)
     except ConfigError:
         install = ""
+    resume = ["--resume"] if start == "resume" else []
     done = subprocess.run(
-        [sys.executable, "-m", "launchers.prepare", str(config_path), str(out), install],
+        [sys.executable, "-m", "launchers.prepare", str(config_path), str(out), f"--install={install}", *resume],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["launchers.prepare failed and said nothing"]
         raise (ConfigError if done.returncode == ConfigError.exit_code else CalmRayError)(lines[-1])
-    print("Tokenizer made, run bundle sealed, initial checkpoint written.", flush=True)
+    begin = Path(done.stdout.splitlines()[-1])
+    epoch, newest = read_manifest(begin).epoch, newest_epoch(out)
+    if epoch == 0:
+        print("Tokenizer made, run bundle sealed, initial checkpoint written.", flush=True)
+    else:
+        damaged = f" That of epoch {newest} is damaged." if newest > epoch else ""
+        print(f"Going on from the checkpoint of epoch {epoch}: {_short(begin)}.{damaged}", flush=True)
+    return begin
 
 
-def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
+def _train_and_judge(config: OrganiserConfig, out: Path, *, begin: Path) -> int:
     import ray
 
     from launchers.crew import Crew
     from launchers.verdict import evaluate, print_verdict
     from launchers.watch import watch
 
-    before = evaluate(out / CHECKPOINTS / folder_name(0), out / BUNDLE)
+    before = evaluate(begin, out / BUNDLE)
     for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
         signal.signal(number, _as_interrupt)
     address = os.environ.get("RAY_ADDRESS")
@@ -102,7 +116,7 @@ def _train_and_judge(config: OrganiserConfig, out: Path) -> int:
         include_dashboard=None if address else False,
     )  # fmt: skip
     try:
-        crew = Crew(config, out=out)
+        crew = Crew(config, out=out, resume=out / CHECKPOINTS if read_manifest(begin).epoch else None)
         try:
             invite = crew.start_auxiliaries().encode()
             (out / INVITE_FILE).write_text(invite + "\n")

@@ -1,32 +1,72 @@
 """What the organiser makes once before a run: key, run bundle, and the checkpoint of epoch 0. A process of its own,
-`python -m launchers.prepare CONFIG OUT`, so that the Ray driver never imports torch.
+`python -m launchers.prepare CONFIG OUT`, so that the Ray driver never imports torch. Its last line on standard output
+is the checkpoint that the run starts from.
 """
 
+import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from calm_ray.bundle import seal_bundle
+from calm_ray.checkpoint.read import Checkpoint
 from calm_ray.checkpoint.write import write_checkpoint
-from calm_ray.errors import CalmRayError
+from calm_ray.errors import CalmRayError, CheckpointRejected, ConfigError
 from calm_ray.signing import load_or_create_key
 from calm_ray.training.model import build_model, parameter_names
 from calm_ray.training.prepare import load_bundle_model_config, write_parts
-from launchers.organiser import load_organiser
-from launchers.output import BUNDLE, CHECKPOINTS, KEY
+from launchers.organiser import OrganiserConfig, load_organiser
+from launchers.output import BUNDLE, CHECKPOINTS, KEY, newest_epoch
 
 
-def prepare(config_path: Path, out: Path, *, install: str = "") -> None:
-    """Write OUT/organiser.key, OUT/bundle and OUT/checkpoints/epoch-00000000."""
+def prepare(config_path: Path, out: Path, *, install: str = "", should_resume: bool = False) -> Path:
+    """Write OUT/organiser.key and OUT/bundle; return the checkpoint to start from.
+
+    That is OUT/checkpoints/epoch-00000000, made here; with `should_resume` the newest, if there is one beyond it. The
+    key then stays, and the tokenizer is the checkpoint's: training one is not deterministic.
+    """
     config = load_organiser(config_path)
+    saved = _newest_checkpoint(out) if should_resume else None
+    if saved is not None and saved.epoch >= config.run.num_epochs:
+        raise ConfigError(
+            f"{saved.folder}: epoch {saved.epoch} is the run's last; raise num_epochs in [run] to train for longer"
+        )
+    bundle = out / f"{BUNDLE}.new"
+    shutil.rmtree(bundle, ignore_errors=True)
+    write_parts(
+        config.run, config_dir=config_path.resolve().parent, out_dir=bundle,
+        tokenizer_dir=saved.folder if saved is not None else None,
+    )  # fmt: skip
+    seal_bundle(bundle, run=config.run, key=load_or_create_key(out / KEY), install=install)
+    if saved is not None:
+        from calm_ray.peers.resume import require_same_run
+
+        require_same_run(saved, run=config.run, bundle=bundle)
+    shutil.rmtree(out / BUNDLE, ignore_errors=True)
+    bundle.rename(out / BUNDLE)
+    return saved.folder if saved is not None else _write_initial(config, out)
+
+
+def _newest_checkpoint(out: Path) -> Checkpoint | None:
+    if not newest_epoch(out):
+        return None
+    from calm_ray.peers.resume import find_checkpoint  # late: it brings hivemind along
+
+    saved = find_checkpoint(out / CHECKPOINTS)
+    if saved.epoch == 0:
+        raise CheckpointRejected(
+            f"{out / CHECKPOINTS}: none after epoch 0 verifies; bring one back from a copy, or begin anew with --fresh"
+        )
+    return saved
+
+
+def _write_initial(config: OrganiserConfig, out: Path) -> Path:
     run, bundle = config.run, out / BUNDLE
-    bundle.mkdir(parents=True, exist_ok=True)
-    write_parts(run, config_dir=config_path.resolve().parent, out_dir=bundle)
-    seal_bundle(bundle, run=run, key=load_or_create_key(out / KEY), install=install)
     model_config = load_bundle_model_config(bundle)
     model = build_model(model_config, seed=run.model.init_seed)
     parameters = dict(model.named_parameters())
-    write_checkpoint(
+    return write_checkpoint(
         out / CHECKPOINTS, epoch=0, run_id=run.run_id, config_hash=run.config_hash(),
         named_parameters={name: parameters[name].detach() for name in parameter_names(model)},
         optimizer_tensors=[], optimizer_metadata=[], model_config=model_config.to_dict(),
@@ -35,8 +75,14 @@ def prepare(config_path: Path, out: Path, *, install: str = "") -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launchers.prepare", description=prepare.__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--install", default="", help="the line with which volunteers install this code")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args(argv)
     try:
-        prepare(Path(argv[0]), Path(argv[1]), install=argv[2] if len(argv) > 2 else "")
+        print(prepare(args.config, args.out, install=args.install, should_resume=args.resume))
     except CalmRayError as exc:
         print(exc, file=sys.stderr)
         return exc.exit_code

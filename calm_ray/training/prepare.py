@@ -27,18 +27,22 @@ from calm_ray.training.tokenizer import SpecialIds, check_tokenizer, load_tokeni
 log = logging.getLogger(__name__)
 
 
-def write_parts(run: RunTable, *, config_dir: Path, out_dir: Path) -> None:
+def write_parts(run: RunTable, *, config_dir: Path, out_dir: Path, tokenizer_dir: Path | None = None) -> None:
     """Write the parts of `run`'s bundle into `out_dir`, which may exist.
 
-    Paths in `run` are relative to `config_dir`, the folder of the config file. Raise ConfigError if a source or the
-    tokenizer is missing, empty or unfit.
+    Paths in `run` are relative to `config_dir`, the folder of the config file. `tokenizer_dir` has the tokenizer of a
+    run that goes on; without it, it is made as `run` says. Raise ConfigError if a source or the tokenizer is missing,
+    empty or unfit.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     for index, source in enumerate(run.data.sources):
         if is_bundled(source):
             documents = organiser_documents(source, config_dir=config_dir)
             _write_text(documents, path=bundle_text_path(out_dir, index), index=index)
-    tokenizer, where = _make_tokenizer(run, config_dir=config_dir)
+    if tokenizer_dir is None:
+        tokenizer, where = _make_tokenizer(run, config_dir=config_dir)
+    else:
+        tokenizer, where = load_tokenizer(tokenizer_dir), str(tokenizer_dir)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     special_ids = check_tokenizer(tokenizer, vocab_size=vocab_size, where=where)
     tokenizer.model_max_length = run.model.max_position_embeddings

@@ -1,0 +1,124 @@
+"""The run's output folder: progress is never thrown away without a word, and a run that goes on finds its own."""
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from calm_ray.bundle import open_bundle
+from calm_ray.checkpoint.read import read_checkpoint
+from calm_ray.checkpoint.write import write_checkpoint
+from calm_ray.errors import CheckpointRejected, ConfigError
+from launchers import output
+from launchers.output import BUNDLE, CHECKPOINTS, KEY, PEERS, claim_output, newest_epoch
+from launchers.prepare import prepare
+from tests.integration.runs import write_config
+
+# --- who may have the folder -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder in which a run has come to epoch 20."""
+    folder = tmp_path / "out"
+    for name in ("epoch-00000000", "epoch-00000020"):
+        (folder / CHECKPOINTS / name).mkdir(parents=True)
+    return folder
+
+
+def test_folder_with_progress_is_not_taken_without_a_word(out: Path) -> None:
+    told = "epoch 20: go on from there with --resume, or begin anew with --fresh"
+    with pytest.raises(ConfigError, match=told), claim_output(out, start="new"):
+        pass
+    assert newest_epoch(out) == 20
+
+
+def test_fresh_start_moves_what_was_there_aside(out: Path) -> None:
+    with claim_output(out, start="fresh"):
+        assert list(out.iterdir()) == []
+    assert newest_epoch(out.with_name("out.previous")) == 20
+
+
+def test_resumed_run_keeps_its_folder(out: Path) -> None:
+    with claim_output(out, start="resume"):
+        assert newest_epoch(out) == 20
+
+
+@pytest.mark.parametrize("start", ["new", "resume"])
+def test_folder_without_progress_needs_no_choice(tmp_path: Path, start: output.Start) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time, there is an initial checkpoint
+        with claim_output(out, start=start):
+            (out / CHECKPOINTS / "epoch-00000000").mkdir(parents=True, exist_ok=True)
+
+
+def test_resumed_run_waits_for_peers_that_still_leave(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "LEAVE_SECONDS", 0.3)
+    path = out / PEERS / "trainer-0" / "lock"
+    path.parent.mkdir(parents=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        told = "a peer of an earlier job still runs there"
+        with pytest.raises(ConfigError, match=told), claim_output(out, start="resume"):
+            pass
+    with claim_output(out, start="resume"):
+        pass
+
+
+# --- what a run goes on with -----------------------------------------------------------------------------------------
+
+Prepare = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Prepare:
+    """make(should_resume=..., **values of the config): prepare tmp_path/out."""
+
+    def make(*, should_resume: bool = False, **values: int) -> Path:
+        config = write_config(tmp_path / "run.toml", **{"num_epochs": 30, **values})  # type: ignore[arg-type]
+        return prepare(config, tmp_path / "out", should_resume=should_resume)
+
+    return make
+
+
+def _pretend_progress(initial: Path, *, epoch: int) -> Path:
+    """Replace the initial checkpoint by the same one of `epoch`."""
+    was = read_checkpoint(initial)
+    return write_checkpoint(
+        initial.parent, epoch=epoch, run_id=was.manifest.run_id, config_hash=was.manifest.config_hash,
+        named_parameters=was.parameters, optimizer_tensors=[], optimizer_metadata=[], model_config=was.model_config,
+        tokenizer_dir=initial, keep_last=1,
+    )  # fmt: skip
+
+
+def test_longer_run_goes_on_with_its_key_its_tokenizer_and_its_new_settings(make: Prepare, tmp_path: Path) -> None:
+    saved = _pretend_progress(make(), epoch=20)
+    out = tmp_path / "out"
+    key, tokenizer = (out / KEY).read_bytes(), (out / BUNDLE / "tokenizer" / "tokenizer.json").read_bytes()
+    assert make(should_resume=True, num_epochs=60) == saved
+    assert (out / KEY).read_bytes() == key
+    assert (out / BUNDLE / "tokenizer" / "tokenizer.json").read_bytes() == tokenizer
+    assert open_bundle(out / BUNDLE)[1].num_epochs == 60
+    assert not (out / CHECKPOINTS / "epoch-00000000").exists()
+
+
+def test_run_that_has_ended_is_told_how_to_go_on(make: Prepare) -> None:
+    _pretend_progress(make(), epoch=30)
+    with pytest.raises(ConfigError, match="epoch 30 is the run's last; raise num_epochs"):
+        make(should_resume=True)
+
+
+def test_resume_without_progress_begins_at_epoch_0(make: Prepare) -> None:
+    for _ in range(2):
+        assert read_checkpoint(make(should_resume=True)).epoch == 0
+
+
+def test_resume_with_nothing_but_damaged_progress_is_refused(make: Prepare) -> None:
+    saved = _pretend_progress(make(), epoch=20)
+    (saved / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointRejected, match="none of 1 checkpoints verifies"):
+        make(should_resume=True)
+    make()
+    with pytest.raises(CheckpointRejected, match="none after epoch 0 verifies"):
+        make(should_resume=True)
