@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.swarm_spec import ProcessSpec, read_journal
+from benchmarks.swarm_spec import JournalReader, ProcessSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.05
@@ -32,15 +32,16 @@ class PeerProcess:
     pidfd: int
     first_event: int
     """Number of events in the journal from before it was started: an earlier life of the same peer."""
+    reader: JournalReader
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What this life has written so far."""
-        found = list(read_journal(self.spec.journal))[self.first_event :]
+        found = self.reader.read()[self.first_event :]
         return [event for event in found if kind in (None, event["event"])]
 
     def all_events(self) -> list[dict[str, Any]]:
         """What all lives of this peer have written."""
-        return list(read_journal(self.spec.journal))
+        return list(self.reader.read())
 
     def is_running(self) -> bool:
         return not select.select([self.pidfd], [], [], 0)[0]
@@ -94,18 +95,18 @@ class Lab:
 
     def start(self, spec: ProcessSpec, *, env: Mapping[str, str] | None = None) -> PeerProcess:
         """Start a fresh interpreter for `spec`; `env` is added to ours."""
-        path = _write(spec)
+        path, first_event = _write(spec)
         with (spec.folder / "log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.swarm_process", str(path)], cwd=ROOT, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(env or {})},
             )  # fmt: skip
         self._children.append(child)
-        return self._adopt(spec, child.pid)
+        return self._adopt(spec, child.pid, first_event)
 
     def fork(self, spec: ProcessSpec) -> PeerProcess:
         """Start `spec` from the nursery: some hundredths of a second instead of seconds."""
-        path = _write(spec)
+        path, first_event = _write(spec)
         if self._nursery is None:
             self._nursery = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.swarm_nursery"], cwd=ROOT, stdin=subprocess.PIPE,
@@ -117,11 +118,12 @@ class Lab:
         answer = self._nursery.stdout.readline()
         if not answer:
             raise RuntimeError(f"the nursery has ended with {self._nursery.wait(5)}")
-        return self._adopt(spec, int(answer))
+        return self._adopt(spec, int(answer), first_event)
 
-    def _adopt(self, spec: ProcessSpec, pid: int) -> PeerProcess:
-        before = len(list(read_journal(spec.journal)))
-        process = PeerProcess(spec=spec, pid=pid, pidfd=os.pidfd_open(pid), first_event=before)
+    def _adopt(self, spec: ProcessSpec, pid: int, first_event: int) -> PeerProcess:
+        process = PeerProcess(
+            spec=spec, pid=pid, pidfd=os.pidfd_open(pid), first_event=first_event, reader=JournalReader(spec.journal)
+        )
         self.started.append(process)
         return process
 
@@ -154,8 +156,9 @@ class Lab:
                 self._nursery.stdout.close()
 
 
-def _write(spec: ProcessSpec) -> Path:
+def _write(spec: ProcessSpec) -> tuple[Path, int]:
+    """Where the spec lies now, and how many events an earlier life of this peer has left."""
     spec.folder.mkdir(parents=True, exist_ok=True)
     path = spec.folder / "spec.json"
     path.write_text(spec.model_dump_json())
-    return path
+    return path, len(JournalReader(spec.journal).read())

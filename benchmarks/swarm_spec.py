@@ -5,10 +5,10 @@ line, with `event`, the wall clock `at` and the monotonic clock `clock` (seconds
 both).
 """
 
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +80,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n" if is_cut else "")
         self._lock = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
@@ -90,10 +92,21 @@ class Journal:
             self._file.flush()
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines written so far; the last may be cut off by a kill."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        if line:
-            yield json.loads(line)
+class JournalReader:
+    """Reads what has been written since it last looked."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self._events: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines so far, of every life of the peer; the last line may be cut off by a kill."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                whole = file.read().rpartition(b"\n")
+            self._offset += len(whole[0]) + len(whole[1])
+            for line in whole[0].split(b"\n"):
+                with contextlib.suppress(ValueError):  # empty, or cut off when a life before this one was killed
+                    self._events.append(json.loads(line))
+        return self._events

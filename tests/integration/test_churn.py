@@ -47,7 +47,10 @@ class Churn:
 
     def is_over(self) -> bool:
         """One look at the swarm; True when the last epoch has been reached."""
-        epoch = max((e["epoch"] for e in self.swarm.peers["aux"].events("boundary")), default=0)
+        auxiliary = self.swarm.peers["aux"]
+        if not auxiliary.is_running():
+            raise RuntimeError(f"the auxiliary peer has ended\n{auxiliary.log()[-3000:]}")
+        epoch = max((e["epoch"] for e in auxiliary.events("boundary")), default=0)
         if epoch >= self.next_epoch:
             self.next_epoch = epoch + self.rng.randint(EPOCHS_BETWEEN_EVENTS // 2, EPOCHS_BETWEEN_EVENTS * 3 // 2)
             self.happened.append(f"{epoch}:{self._act()}")
