@@ -33,10 +33,12 @@ class ProgressTracker(_ProgressTracker):
     """`records`: peer id -> its last progress record, ourselves included."""
 
     local_progress: LocalTrainingProgress
+    global_progress: GlobalTrainingProgress
 
     def __init__(self, *args: Any, has_holders: Callable[[], bool] = lambda: False, **kwargs: Any) -> None:
         self._has_holders = has_holders
         self._last_write = 0.0
+        self._disbelieved, self._disbelieved_until = 0, 0.0
         self.records: Mapping[str, LocalTrainingProgress] = {}
         super().__init__(*args, **kwargs)
 
@@ -95,8 +97,22 @@ class ProgressTracker(_ProgressTracker):
             self.report(epoch=epoch, samples_accumulated=samples_accumulated)
             self.fetched_global_progress_this_epoch.clear()
 
+    def disbelieve(self, epoch: int, *, seconds: float) -> None:
+        """Read nothing of `epoch` and later for so long, because nobody could show it.
+
+        Samples count for the newest epoch only, so one false record would keep everybody's epoch from its end.
+        """
+        self._disbelieved, self._disbelieved_until = epoch, get_dht_time() + seconds
+        self.global_progress = replace(
+            self.global_progress, epoch=self.local_progress.epoch, eta_next_epoch=float("inf"),
+            samples_accumulated=self.local_progress.samples_accumulated, next_fetch_time=get_dht_time(),
+        )  # fmt: skip
+        self.global_state_updated.set()  # read anew, now
+
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
         entries = dict(list(metadata.items())[:MAX_RECORDS]) if isinstance(metadata, Mapping) else {}
+        if get_dht_time() < self._disbelieved_until:
+            entries = {k: e for k, e in entries.items() if not e.value or e.value["epoch"] < self._disbelieved}
         present = [entry.value for entry in entries.values() if entry.value is not None]
         records = map(LocalTrainingProgress.parse_obj, present)
         self.records = {PeerID(record.peer_id).to_base58(): record for record in records}
