@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from calm_ray.bundle import seal_bundle
 from calm_ray.config import Config, load_config
 from calm_ray.invite import Invite
@@ -97,6 +99,25 @@ class TinySwarm:
             self.wait(name, lambda status: status.state == wait_for, START_SECONDS)
         return handle
 
+    def start_first(self, **spec: Any) -> None:
+        """Start the auxiliary peer whose address makes the invite: at the beginning, or once everyone has gone."""
+        self.start("auxiliary", role="auxiliary", bundle=self.folder / "bundle", wait_for="assisting", **spec)
+        addresses = self.handles["auxiliary"].status().addresses
+        self.invite = Invite(
+            run_id=self.config.run.run_id, addresses=addresses, organiser_key=self.organiser_key
+        ).encode()  # fmt: skip
+
+    def kill_all(self) -> None:
+        """SIGKILL for every process of every peer, at once."""
+        tops = [psutil.Process(handle.pid) for handle in self.handles.values()]
+        processes = [process for top in tops for process in (top, *top.children(recursive=True))]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=10)
+        for handle in self.handles.values():
+            handle.stop()
+        self.handles.clear()
+
     def wait(self, name: str, predicate: Callable[[PeerStatus], object], timeout: float) -> PeerStatus:
         """Wait until the peer's status satisfies `predicate`; fail at once if the peer has left."""
         handle = self.handles[name]
@@ -128,9 +149,7 @@ def tiny_swarm(folder: Path, **values: Any) -> Iterator[TinySwarm]:
     seal_bundle(bundle, run=config.run, key=key)
     swarm = TinySwarm(folder, config, public_bytes(key))
     try:
-        swarm.start("auxiliary", role="auxiliary", bundle=bundle, wait_for="assisting")
-        addresses = swarm.handles["auxiliary"].status().addresses
-        swarm.invite = Invite(run_id=config.run.run_id, addresses=addresses, organiser_key=swarm.organiser_key).encode()
+        swarm.start_first()
         yield swarm
     finally:
         for handle in reversed(swarm.handles.values()):
