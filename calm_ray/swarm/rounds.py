@@ -145,7 +145,7 @@ class SwarmOptimizer:
         self.tracker.note_samples(batch_size)
         self._intake.add(batch_size)
         if self._table.max_staleness == 0:
-            if self._is_due(self._epoch) and time.monotonic() >= self._not_before:
+            if self.tracker.is_epoch_full and time.monotonic() >= self._not_before:
                 self._intake.park()
                 self._wake.set()
             self._intake.wait_while_parked()
