@@ -6,31 +6,33 @@ here, beside it; on our own wire they are in `tests/unit/swarm/test_exchange.py`
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.integration.stock_rounds import ATTACKS, run_cases
+from tests.integration.stock_nodes import ATTACKS, run_cases
 
 pytestmark = [pytest.mark.slow(shard=1), pytest.mark.timeout(240)]
 
 HONEST_MEAN = 2.0
+is_numpy_strict = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
 STOCK = [
     *(f"stock_attacked_{name}" for name in ATTACKS), "stock_weightless", "stock_mate_dies", "stock_cut_off",
-    "stock_fragments", "stock_integers",
+    "stock_fragments", "stock_integers", "stock_eight_bits",
 ]  # fmt: skip
 OURS = [
     *(f"ours_attacked_{name}" for name in ATTACKS), "ours_attacked_by_reducer", "ours_weightless", "ours_mate_dies",
-    "ours_cut_off",
+    "ours_cut_off", "ours_mixed_8bit",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_cases(tmp_path_factory.mktemp("stock"), *STOCK, timeout=200)
+    return run_cases(tmp_path_factory.mktemp("stock"), "stock_rounds", *STOCK, timeout=200)
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_cases(tmp_path_factory.mktemp("ours"), *OURS, timeout=200)
+    return run_cases(tmp_path_factory.mktemp("ours"), "stock_rounds", *OURS, timeout=200)
 
 
 # --- P1 and P4: what one peer can do to all others -------------------------------------------------------------------
@@ -90,6 +92,23 @@ def test_ours_divides_nothing_when_nobody_has_a_weight(ours: dict[str, Any]) -> 
     assert [peer["outcome"] for peer in ours["ours_weightless"]] == ["zero_weight"] * 2
 
 
+# --- P2: eight bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not is_numpy_strict, reason=f"numpy {np.__version__} still turns a one-element array into a number")
+def test_stock_averages_nothing_in_eight_bits_and_calls_it_a_success(stock: dict[str, Any]) -> None:
+    """Its decoder fails under numpy 2.4. One tensor at a time: `test_codecs.py`."""
+    for peer, own in zip(stock["stock_eight_bits"], (1.0, 3.0), strict=True):
+        assert peer["group_size"] == 2
+        assert (peer["least"], peer["most"]) == pytest.approx((own, own))
+
+
+def test_ours_averages_in_eight_bits(ours: dict[str, Any]) -> None:
+    for peer in ours["ours_mixed_8bit"]:
+        assert peer["is_true"]
+        assert (peer["least"], peer["most"]) == pytest.approx((4.0, 4.0), abs=0.1)
+
+
 # --- P3: success, with nothing averaged ------------------------------------------------------------------------------
 
 
@@ -110,7 +129,7 @@ def test_ours_calls_it_partial_and_gives_no_average(ours: dict[str, Any]) -> Non
 
 
 def test_stock_makes_two_groups_of_those_who_start_some_seconds_apart(stock: dict[str, Any]) -> None:
-    """Ours is below, on our own wire: hivemind's has no word for "wait for me"."""
+    """Ours: `tests/unit/swarm/test_late_members.py`, on our own wire. hivemind's has no word for "wait for me"."""
     assert stock["stock_fragments"] == [2, 2, 2, 2]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.eventually import Children, eventually
 from tests.integration.stock import Bare, start_bare
-from tests.integration.stock_rounds import LIMITS, run_cases
+from tests.integration.stock_nodes import LIMITS, run_cases
 from tests.shards import ROOT
 
 NUM_EPOCHS = 3
@@ -23,15 +23,20 @@ TARGET_BATCH_SIZE = 2000
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_cases(
-        tmp_path_factory.mktemp("wire"), "ours_mixed_fp16", "ours_own_nan", "ours_without_process", "ours_stuck"
+        tmp_path_factory.mktemp("wire"),
+        "stock_rounds",
+        "ours_mixed_fp16",
+        "ours_own_nan",
+        "ours_without_process",
+        "ours_stuck",
     )
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_cases(
-        tmp_path_factory.mktemp("more"), "ours_mixed_none", "ours_mixed_8bit", "ours_alone", "ours_unlike_epochs",
-        "ours_weightless",
+        tmp_path_factory.mktemp("more"), "stock_rounds", "ours_mixed_none", "ours_mixed_8bit", "ours_alone",
+        "ours_unlike_epochs", "ours_weightless",
     )  # fmt: skip
 
 
