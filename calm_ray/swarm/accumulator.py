@@ -72,9 +72,10 @@ class Accumulator:
         with self._lock:
             self._extra = residual if self._extra is None else self._extra + residual
 
-    def clear(self) -> int:
-        """Forget everything, as after loading another state; the number of samples lost."""
+    def clear(self, *, is_residual_kept: bool = False) -> int:
+        """Forget all gradients, and after loading another state the residual too; the number of samples lost."""
         with self._lock:
-            lost, self.num_samples, self._extra = self.num_samples, 0, None
+            lost, self.num_samples = self.num_samples, 0
+            self._extra = self._extra if is_residual_kept else None
             self._buffers[self._active].zero_()
             return lost

@@ -1,9 +1,10 @@
 """Where the computing thread and the rounds thread meet: gradients in, parameters out, one waiting if it must.
 
-Each micro-batch counts towards the epoch in which it arrives, if it was computed with parameters at most
-`max_staleness` epochs old. With 0, the computing thread waits while a round is on.
+Each micro-batch counts towards the epoch in which it arrives, or towards the next if a round is on, provided that it
+was computed with parameters at most `max_staleness` epochs old by then. With 0, the computing thread waits meanwhile.
 """
 
+import math
 import threading
 import time
 
@@ -25,9 +26,14 @@ class Intake:
         self._accumulator = Accumulator(holder.model_parameters)
         self._taken: Contribution | None = None
         self._changed = threading.Condition()
-        self._should_park = self._is_parked = self._is_closed = False
-        self.epoch = self._model_epoch = 0
-        """Of the swarm's state as we last published it; `_model_epoch` of the parameters in the model."""
+        self._should_park = self._is_parked = self._is_closed = self._is_in_round = False
+        self.epoch = 0
+        """Of the swarm's state as we last published it."""
+        self._model_epoch = 0
+        """Of the parameters in the model."""
+        self._oldest = self._oldest_taken = math.inf
+        """Epoch of the oldest parameters behind what is in the accumulator, and behind what is in a round."""
+        self._num_published = self._num_copied = 0
         self.num_dropped = 0
 
     # --- the computing thread ----------------------------------------------------------------------------------------
@@ -35,11 +41,12 @@ class Intake:
     def add(self, num_samples: int) -> None:
         """Count what stands in `.grad`, a mean over `num_samples`, or drop it if it is too old."""
         with self._changed:
-            if self.epoch - self._model_epoch <= self._max_staleness:
+            if self.epoch + self._is_in_round - self._model_epoch <= self._max_staleness:
                 self._accumulator.add(num_samples)
+                self._oldest = min(self._oldest, self._model_epoch)
             else:
                 self.num_dropped += num_samples
-            if self._taken is None:  # during a round, our record goes on saying what we bring to it
+            if not self._is_in_round:  # during a round, our record goes on saying what we bring to it
                 self._tracker.report(epoch=self.epoch, samples_accumulated=self._accumulator.num_samples)
 
     def wait_while_parked(self) -> None:
@@ -54,8 +61,9 @@ class Intake:
 
     def refresh_model(self) -> None:
         """Give the model the newest parameters."""
-        if self._model_epoch != self.epoch:
+        if self._num_copied != self._num_published:
             with self._holder.lock:
+                self._num_copied = self._num_published
                 self._holder.copy_to_model()
                 self._model_epoch = self._holder.epoch
 
@@ -86,7 +94,8 @@ class Intake:
         with self._changed:
             while self._should_park and not self._is_parked and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
-            self._taken = self._accumulator.take()
+            self._taken, self._is_in_round = self._accumulator.take(), True
+            self._oldest_taken, self._oldest = self._oldest, math.inf
             if self._taken is None:
                 return None
             return self._taken.vector, float(self._taken.num_samples)
@@ -96,17 +105,25 @@ class Intake:
         with self._changed:
             if self._taken is not None and not is_used:
                 self._accumulator.give_back(self._taken)
+                self._oldest = min(self._oldest, self._oldest_taken)
             if residual is not None:
                 self._accumulator.carry(residual)
-            self._taken = None
+            self._taken, self._is_in_round = None, is_used  # until the step is done
 
     def drop(self) -> None:
-        """What has been accumulated belongs to other parameters."""
+        """What has been accumulated, and the micro-batch under way, belong to other parameters."""
         with self._changed:
             self.num_dropped += self._accumulator.clear()
+            self._oldest, self._model_epoch = math.inf, -1 - self._max_staleness
 
     def begin_epoch(self, epoch: int) -> None:
         """The holder has the state of `epoch`: count towards it, and let the computing thread fetch it."""
         with self._changed:
-            self.epoch = epoch
-            self._tracker.begin_epoch(epoch, samples_accumulated=self._accumulator.num_samples)
+            self.epoch, self._is_in_round = epoch, False
+            self._num_published += 1
+            if epoch - self._oldest > self._max_staleness:  # it came back from a round that failed
+                self.num_dropped += self._accumulator.clear(is_residual_kept=True)
+                self._oldest = math.inf
+            num_samples = self._accumulator.num_samples
+        # Not under our lock: the tracker's own is held while it reads the DHT, and the computing thread must not wait.
+        self._tracker.begin_epoch(epoch, samples_accumulated=num_samples)
