@@ -1,7 +1,7 @@
 """How fast our line takes what we send, measured while averaging: what others have confirmed, second by second. Pure.
 
-The best full second is a lower bound of the line's rate, and near it once a round is long enough to fill the line. Means
-over a round are not: a fast peer waits most of the time for slow ones.
+The best full second is a lower bound of the line's rate, and near it once a round is long enough to fill the line.
+Means over a round are not: a fast peer waits most of the time for slow ones.
 """
 
 from collections import deque
