@@ -24,8 +24,9 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
 from hivemind.proto import p2pd_pb2
 
 from calm_ray.swarm.exchange_messages import MAX_HEADER_BYTES, BadMessage
+from calm_ray.swarm.exchange_window import Window
 
-PREFIX = Struct(">BI")
+PREFIX, CLOCK = Struct(">BI"), Struct(">d")
 DISCARD_BYTES = 2**16
 PEER_FAULTS = (OSError, EOFError, TimeoutError, BadMessage, P2PDaemonError)
 """What talking to a peer may raise for no fault of ours. EOFError: a stream that ends, if inside a frame."""
@@ -41,6 +42,11 @@ class FrameKind(IntEnum):
     ENDING = 6
     PARTS_REQUEST = 7
     PARTS_HEADER = 8
+    CONFIRMED = 9
+    """The next part has arrived, now by my clock: a number of seconds."""
+
+
+KINDS = frozenset(map(int, FrameKind))
 
 
 @dataclass
@@ -56,28 +62,44 @@ class Stream:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: Traffic) -> None:
         self._reader, self._writer, self.traffic = reader, writer, traffic
+        self._window, self._has_room = Window(), asyncio.Event()
+        self._clock = asyncio.get_running_loop().time
 
     async def send(self, kind: FrameKind, payload: bytes = b"") -> None:
-        """Returns when the transport has room again, so at most one frame is buffered here."""
-        self._writer.write(PREFIX.pack(kind, len(payload)) + payload)
+        """Returns when the transport has room again, so at most one frame is buffered here.
+
+        Parts wait for room in the window. Somebody must be in `receive` then, for it is there that parts are confirmed.
+        """
         if kind == FrameKind.PART:
+            while not self._window.has_room:
+                self._has_room.clear()
+                await self._has_room.wait()
+            self._window.on_sent(self._clock())
             self.traffic.sent += len(payload)
+        self._writer.write(PREFIX.pack(kind, len(payload)) + payload)
         await self._writer.drain()
         await asyncio.sleep(0)  # drain does not yield while there is room
 
     async def receive(self, *, max_bytes: int = MAX_HEADER_BYTES) -> tuple[FrameKind, bytes]:
-        """The next frame; BadMessage, before its payload is read, if that is longer or of no known kind."""
-        kind, length = PREFIX.unpack(await self._reader.readexactly(PREFIX.size))
-        if length > max_bytes:
-            raise BadMessage(f"{length} bytes in a frame of at most {max_bytes}")
-        payload = await self._reader.readexactly(length)
-        try:
-            known = FrameKind(kind)
-        except ValueError as exc:
-            raise BadMessage(f"frame of kind {kind}") from exc
-        if known == FrameKind.PART:
-            self.traffic.received += length
-        return known, payload
+        """The next frame that is not about our own parts; those that are parts are confirmed.
+
+        BadMessage, before the payload is read, if that is longer than `max_bytes`, or the frame of no known kind.
+        """
+        while True:
+            number, length = PREFIX.unpack(await self._reader.readexactly(PREFIX.size))
+            if length > max_bytes or number not in KINDS:
+                raise BadMessage(f"{length} bytes in a frame of kind {number}, expected at most {max_bytes}")
+            payload = await self._reader.readexactly(length)
+            kind = FrameKind(number)
+            if kind == FrameKind.CONFIRMED:
+                if length != CLOCK.size or not self._window.on_confirmed(CLOCK.unpack(payload)[0]):
+                    raise BadMessage("confirmed what was never sent")
+                self._has_room.set()
+                continue
+            if kind == FrameKind.PART:
+                self.traffic.received += length
+                self._writer.write(PREFIX.pack(FrameKind.CONFIRMED, CLOCK.size) + CLOCK.pack(self._clock()))
+            return kind, payload
 
     async def receive_as(self, expected: FrameKind, *, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
         kind, payload = await self.receive(max_bytes=max_bytes)
@@ -86,7 +108,13 @@ class Stream:
         return payload
 
     async def until_hangup(self) -> None:
-        """Discard what still comes, until the other side closes."""
+        """Take confirmations until the other side closes; BadMessage if it has anything else to say."""
+        with contextlib.suppress(OSError, EOFError):
+            kind, _ = await self.receive(max_bytes=CLOCK.size)
+            raise BadMessage(f"{kind.name.lower()} where nothing was due")
+
+    async def discard_until_hangup(self) -> None:
+        """As if nobody listened, but the other side has time to read what we sent last."""
         with contextlib.suppress(OSError):
             while await self._reader.read(DISCARD_BYTES):
                 pass

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Stream
+from calm_ray.swarm.exchange_frames import FrameKind, Stream
 from calm_ray.swarm.exchange_messages import BadMessage, Ban, Ending, Failure, Opening
 from calm_ray.swarm.group import Group
 from calm_ray.swarm.part_codecs import BadPart, PartCodec, Vector
@@ -87,13 +87,13 @@ class ReducerDesk:
             self._on_ban(peer, reason)
         self._heard_at[peer] = self._loop.time()
         self._notify()
-        hearing = asyncio.create_task(self._hear(peer, stream, is_sender=opening.weight != 0 and not reason))
+        hearing = asyncio.create_task(self._hear(peer, stream, is_sender=opening.weight != 0))
         handing_out = asyncio.create_task(self._hand_out(peer, stream))
         try:
             await asyncio.wait((hearing, handing_out), return_when=asyncio.FIRST_COMPLETED)
-            if not hearing.done():
+            if handing_out.done():
                 handing_out.result()
-                await hearing
+            await hearing
         finally:
             hearing.cancel()
             handing_out.cancel()
@@ -107,23 +107,27 @@ class ReducerDesk:
         self._ban(peer, reason)
 
     async def _hear(self, peer: str, stream: Stream, *, is_sender: bool) -> None:
-        """Take in a sender's parts, then wait until it hangs up; with a reader, only that."""
-        while is_sender and not self.reduction.has_all_of(peer) and peer not in self.reduction.banned:
+        """Take in what a member sends until it hangs up; parts of who is banned, or has nothing to bring, are dropped.
+
+        One of PEER_FAULTS if it breaks the protocol: then it is not served any longer.
+        """
+        max_bytes = self._codec.encoded_bytes(self._codec.part_elements)
+        while True:
             try:
-                kind, payload = await stream.receive(max_bytes=self._codec.encoded_bytes(self._codec.part_elements))
-                if kind != FrameKind.PART:
-                    raise BadMessage(f"{kind.name.lower()} where a part was due")
+                kind, payload = await stream.receive(max_bytes=max_bytes)
+                if kind != FrameKind.PART or not is_sender:
+                    raise BadMessage(f"{kind.name.lower()} where none was due")
                 self.reduction.add(peer, payload)
-            except (BadMessage, BadPart) as exc:
+            except BadPart as exc:
+                self._on_ban(peer, str(exc))
+            except BadMessage as exc:
                 self._ban(peer, str(exc))
-                break
-            except PEER_FAULTS as exc:
-                self._ban(peer, f"its connection broke: {type(exc).__name__}")
-                return
+                raise
+            except (OSError, EOFError):
+                return  # it has hung up; if it still owed something, `serve` bans it
             self._heard_at[peer] = self._loop.time()
             if self.reduction.is_ready:
                 self._notify()
-        await stream.until_hangup()
 
     async def _hand_out(self, peer: str, stream: Stream) -> None:
         """Send averages in order as they are finished; tell the caller if it is banned; end with the weights."""
@@ -202,4 +206,4 @@ class ReducerDesk:
 async def refuse(stream: Stream, detail: str) -> None:
     """Say why, and wait for the caller to hang up; the caller of this bounds the wait."""
     await stream.send(FrameKind.FAILURE, Failure(outcome="failed", detail=detail[:400]).encode())
-    await stream.until_hangup()
+    await stream.discard_until_hangup()

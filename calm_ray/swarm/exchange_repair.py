@@ -56,12 +56,23 @@ async def hand_out_parts(stream: Stream, request: PartsRequest, kept: Kept | Non
         digest=kept.digest,
     )
     await stream.send(FrameKind.PARTS_HEADER, header.encode())
+    listening = asyncio.create_task(stream.until_hangup())
+    sending = asyncio.create_task(_send_parts(stream, collection, wanted))
+    try:
+        await asyncio.wait((listening, sending), return_when=asyncio.FIRST_COMPLETED)
+        await listening
+    finally:
+        listening.cancel()
+        sending.cancel()
+        await asyncio.gather(listening, sending, return_exceptions=True)
+
+
+async def _send_parts(stream: Stream, collection: Collection, wanted: range) -> None:
     for part in wanted:
         payload = collection.encoded[part]
         if payload is not None:
             await stream.send(FrameKind.PART, NUMBER.pack(part) + payload)
     await stream.send(FrameKind.ENDING)
-    await stream.until_hangup()
 
 
 @contextlib.asynccontextmanager

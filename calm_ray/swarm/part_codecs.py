@@ -18,7 +18,7 @@ Vector = NDArray[np.float32]
 
 MAX_VALUE = 65504.0
 """The largest number that fp16 can write. No gradient or parameter of a model that trains comes near, in any codec."""
-PART_BYTES = 64 * 1024
+PART_BYTES = 32 * 1024
 """About the size of an encoded part. Small, so that the last ones do not take long to come back over a slow link."""
 BLOCK_ELEMENTS = 1024
 """Elements that share a scale in 8 bits: 0.4 % more bytes, and one outlier spoils only its own block."""

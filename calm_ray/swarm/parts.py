@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-MIN_STREAMS = 8
-"""A member has at least so many streams in a round. Yamux lets 256 kB of a stream be on the way until it sees a longer
-round trip than that of the idle line; over a line that is full in both directions one stream then gets 1.3 MB/s."""
+MIN_STREAMS = 4
+"""A member has about so many streams in a round. Yamux lets 256 kB of a stream be on the way, or more if it saw a long
+round trip on the idle line, so that one stream alone cannot always fill a line."""
 FRACTION_UNITS = 2**40
 """Fractions are rounded to multiples of 1/FRACTION_UNITS of the largest possible share: far below one element."""
 
@@ -43,7 +43,7 @@ class Layout:
         if not total:
             raise ValueError("no member averages anything")
         reducers = [member for member, unit in enumerate(units) if unit]
-        lanes = -(-MIN_STREAMS // len(reducers))
+        lanes = max(1, MIN_STREAMS // len(reducers))
         ends = accumulate(units[member] for member in reducers for _ in range(lanes))
         return cls(
             bounds=(0, *(num_elements * end // (total * lanes) for end in ends)),

@@ -86,8 +86,8 @@ class Reduction:
         return ""
 
     def add(self, peer: str, payload: bytes) -> None:
-        """Count `peer`'s next part; BadPart, and it is banned, if it is malformed. Banned peers are not listened to."""
-        if peer in self.banned:
+        """Count `peer`'s next part; BadPart, and it is banned, if it is malformed. Only trusted senders are heard."""
+        if peer in self.banned or peer not in self._delivered:
             return
         part = self._delivered[peer]
         try:

@@ -1,6 +1,7 @@
 """Strangers: daemons without our code, for whom a test speaks the protocol by hand, beside two honest trainers."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Traffic, open_stream
+from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Stream, Traffic, open_stream
 from calm_ray.swarm.exchange_messages import Opening
 from calm_ray.swarm.group import Group
 from calm_ray.swarm.part_codecs import CODECS
@@ -70,10 +71,7 @@ async def speak(stranger: Peer, reducer: Peer, *, opening: bytes, frames: Frames
     protocol = f"{stranger.namespace}::calm-1.exchange"
     async with open_stream(stranger.p2p, reducer.name, protocol, timeout_seconds=10.0, traffic=Traffic()) as stream:
         await stream.send(FrameKind.OPENING, opening)
-        for kind, payload in frames:
-            await stream.send(kind, payload)
-        if raw:
-            stream._writer.write(raw)
+        sending = asyncio.create_task(_send(stream, frames, raw))
         try:
             while not answer.kinds or answer.kinds[-1] not in (FrameKind.ENDING, FrameKind.FAILURE):
                 kind, payload = await stream.receive()
@@ -81,7 +79,23 @@ async def speak(stranger: Peer, reducer: Peer, *, opening: bytes, frames: Frames
                 answer.payloads.append(payload)
         except PEER_FAULTS:
             pass
+        finally:
+            sending.cancel()
     return answer
+
+
+async def listen(stream: Stream) -> None:
+    """Hear everything, and confirm what must be, until the other side hangs up."""
+    with contextlib.suppress(*PEER_FAULTS):
+        while True:
+            await stream.receive()
+
+
+async def _send(stream: Stream, frames: Frames, raw: bytes) -> None:
+    for kind, payload in frames:
+        await stream.send(kind, payload)
+    if raw:
+        stream._writer.write(raw)
 
 
 async def two_beside(

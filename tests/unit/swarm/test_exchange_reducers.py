@@ -27,6 +27,7 @@ from tests.unit.swarm.strangers import (
     VECTORS,
     WEIGHTS,
     assert_same,
+    listen,
     parts_for,
 )
 
@@ -74,10 +75,12 @@ def test_round_whose_reducer_dies_is_repaired_if_anyone_has_its_parts(
             async def die(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 stream = Stream(reader, writer, Traffic())
                 await stream.receive_as(FrameKind.OPENING)
+                listening = asyncio.create_task(listen(stream))
                 for part in parts_for(1)[: left[info.peer_id.to_base58()]]:
                     await stream.send(FrameKind.PART, part)
                 await asyncio.sleep(1.0)  # sleep: what was sent is on its way; then p2pd resets the stream
                 stream.abort()
+                await listening
 
             protocol = f"{members[2].namespace}::calm-1.exchange"
             await members[2].p2p.add_binary_stream_handler(protocol, die)
@@ -101,7 +104,7 @@ def test_reducer_that_sends_nonsense_makes_the_round_partial_not_wrong(net: Loop
             async def lie(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 stream = Stream(reader, writer, Traffic())
                 await stream.send(FrameKind.PART, np.full(PART, np.inf, dtype=np.float32).tobytes())
-                await stream.until_hangup()
+                await stream.discard_until_hangup()
                 stream.abort()
 
             protocol = f"{members[2].namespace}::calm-1.exchange"

@@ -1,7 +1,7 @@
 """Senders that break the rules or fall silent, over real libp2p: nobody stalls, and what is averaged is right."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from calm_ray.swarm.exchange_frames import PREFIX, FrameKind, Traffic, open_stream
 from calm_ray.swarm.group import Group
+from calm_ray.swarm.verdict import RoundResult
 from tests.unit.swarm.loopback import (
     MAX_WEIGHT,
     Loopback,
@@ -30,6 +31,7 @@ from tests.unit.swarm.strangers import (
     altered,
     assert_same,
     frames_of,
+    listen,
     opening_of,
     parts_for,
     speak,
@@ -58,35 +60,95 @@ def net() -> Iterator[Loopback]:
 FIRST = parts_for(0)[0]
 
 BAD_SECOND_PARTS = {
-    "too short": (frames_of(FIRST, parts_for(0)[1][:-4]), b"", "bytes in a part of"),
-    "one element": (frames_of(FIRST, b"\0\0\x80\x3f"), b"", "4 bytes in a part of"),
-    "empty": (frames_of(FIRST, b""), b"", "0 bytes in a part of"),
-    "too long": (frames_of(FIRST, parts_for(0)[1] + b"1234"), b"", "in a frame of at most"),
-    "a NaN": (frames_of(FIRST, altered(5, float("nan"))), b"", "not finite"),
-    "an infinity": (frames_of(FIRST, altered(5, float("-inf"))), b"", "not finite"),
-    "an absurd value": (frames_of(FIRST, altered(5, 1e6)), b"", "not finite, or larger"),
-    "another kind of frame": ([*frames_of(FIRST), (FrameKind.ENDING, b"")], b"", "ending where a part was due"),
-    "gigabytes announced": (frames_of(FIRST), PREFIX.pack(FrameKind.PART, 2**31), "in a frame of at most"),
-    "noise": (frames_of(FIRST), b"\xff" * 64, "in a frame of at most"),
+    "too short": (parts_for(0)[1][:-4], "bytes in a part of"),
+    "one element": (b"\0\0\x80\x3f", "4 bytes in a part of"),
+    "empty": (b"", "0 bytes in a part of"),
+    "a NaN": (altered(5, float("nan")), "not finite"),
+    "an infinity": (altered(5, float("-inf")), "not finite"),
+    "an absurd value": (altered(5, 1e6), "not finite, or larger"),
+}
+BROKEN_FRAMES = {
+    "too long": (PREFIX.pack(FrameKind.PART, PART * 4 + 1) + bytes(PART * 4 + 1), "in a frame of kind 2"),
+    "gigabytes announced": (PREFIX.pack(FrameKind.PART, 2**31), "in a frame of kind 2"),
+    "another kind": (PREFIX.pack(FrameKind.ENDING, 0), "ending where none was due"),
+    "an unknown kind": (PREFIX.pack(99, 0), "in a frame of kind 99"),
+    "noise": (b"\xff" * 64, "in a frame of kind 255"),
+    "a confirmation of nothing": ((PREFIX.pack(FrameKind.CONFIRMED, 8) + bytes(8)) * 100, "never sent"),
 }
 
 
-@pytest.mark.parametrize("what", BAD_SECOND_PARTS)
-def test_sender_of_a_bad_part_is_banned_at_once_and_its_good_part_stays(net: Loopback, what: str) -> None:
-    """In stock hivemind a part of wrong shape stalls everyone, one of one element shifts all, a NaN poisons all."""
-    frames, raw, reason = BAD_SECOND_PARTS[what]
-    results, answers, name = net.run(two_beside(net, openings={}, frames=[frames, frames], raw=raw))
-    average = assert_same(results).reshape(8, PART)
+def expect_first_part_only(results: Sequence[RoundResult], name: str, reason: str) -> torch.Tensor:
+    """The stranger's first part of each slice is in the average, its others are not; its ban is told everywhere."""
+    average = assert_same(results).reshape(2, 4, PART)
     assert max(result.seconds for result in results) < STRICT.chunk_seconds
-    honest, everyone = HONEST.reshape(8, PART), EVERYONE.reshape(8, PART)
-    second_first = weighted_mean([*VECTORS[:2], VECTORS[2].roll(4 * PART)], WEIGHTS).reshape(8, PART)
-    expected = torch.stack([everyone[0], *honest[1:4], second_first[4], *honest[5:]])
+    mixed = weighted_mean([*VECTORS[:2], VECTORS[2].reshape(2, 4, PART)[[0, 0]].flatten()], WEIGHTS).reshape(2, 4, PART)
+    expected = HONEST.reshape(2, 4, PART).clone()
+    expected[:, 0] = mixed[:, 0]
     assert (average - expected).abs().max() < 1e-5
     for result in results:
         assert reason in result.banned[name] and name not in result.weights
-    for answer in answers:  # it goes on as a reader
+    return average
+
+
+@pytest.mark.parametrize("what", BAD_SECOND_PARTS)
+def test_sender_of_a_bad_part_is_banned_at_once_and_reads_on(net: Loopback, what: str) -> None:
+    """In stock hivemind a part of wrong shape stalls everyone, one of one element shifts all, a NaN poisons all."""
+    part, reason = BAD_SECOND_PARTS[what]
+    results, answers, name = net.run(two_beside(net, openings={}, frames=[frames_of(FIRST, part)] * 2))
+    average = expect_first_part_only(results, name, reason)
+    for answer in answers:
         assert len(answer.averages()) == 4 and FrameKind.BAN in answer.kinds and answer.kinds[-1] == FrameKind.ENDING
     assert b"".join(answers[0].averages() + answers[1].averages()) == average.numpy().tobytes()
+
+
+@pytest.mark.parametrize("what", BROKEN_FRAMES)
+def test_sender_of_a_broken_frame_is_banned_and_hung_up_on(net: Loopback, what: str) -> None:
+    raw, reason = BROKEN_FRAMES[what]
+    results, answers, name = net.run(two_beside(net, openings={}, frames=[frames_of(FIRST)] * 2, raw=raw))
+    expect_first_part_only(results, name, reason)
+    assert all(FrameKind.ENDING not in answer.kinds for answer in answers)
+
+
+def test_sender_of_two_weights_is_banned(net: Loopback) -> None:
+    """Each reducer sees only its own streams; but of those it compares the weights."""
+
+    async def test() -> None:
+        async with net.peers(3, num_elements=NUM_ELEMENTS, strangers=[2]) as members:
+            group = group_of(members, fractions=[0.5, 0.5, 0.0], senders=[0, 1, 2], limits=STRICT)
+            honest = asyncio.create_task(run_all(members[:2], group, vectors=VECTORS[:2], weights=WEIGHTS[:2]))
+            answers = await asyncio.gather(
+                *(
+                    speak(members[2], members[number // 2], opening=opening_of(group, slice=number, weight=weight))
+                    for number, weight in enumerate([1.0, 2.0, 3.0, 3.5])
+                )
+            )
+            results = await honest
+            assert (assert_same(results) - HONEST).abs().max() < 1e-5
+            assert all("one weight" in result.banned[members[2].name] for result in results)
+            assert [FrameKind.FAILURE] in [answer.kinds for answer in answers]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calm_ray.swarm.parts.MIN_STREAMS", 4)
+        net.run(test())
+
+
+def test_sender_that_is_banned_in_one_slice_is_banned_in_all_of_that_reducer(net: Loopback) -> None:
+    async def test() -> None:
+        async with net.peers(2, num_elements=NUM_ELEMENTS, strangers=[1]) as members:
+            group = group_of(members, fractions=[1.0, 0.0], senders=[0, 1], limits=STRICT)
+            honest = asyncio.create_task(run_all(members[:1], group, vectors=VECTORS[:1], weights=[1]))
+            answers = await asyncio.gather(
+                speak(members[1], members[0], opening=opening_of(group, slice=0), frames=frames_of(b"short")),
+                *(speak(members[1], members[0], opening=opening_of(group, slice=s)) for s in range(1, 4)),
+            )
+            (result,) = await honest
+            assert torch.equal(assert_same([result]), VECTORS[0])
+            assert result.seconds < STRICT.chunk_seconds
+            assert all(FrameKind.BAN in answer.kinds and len(answer.averages()) == 2 for answer in answers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calm_ray.swarm.parts.MIN_STREAMS", 4)
+        net.run(test())
 
 
 @pytest.mark.parametrize("weight", [float("inf"), float("nan"), -1.0, MAX_WEIGHT * 1.01])
@@ -178,9 +240,11 @@ def test_sender_that_is_too_slow_for_the_round_is_banned_before_its_end(net: Loo
         protocol = f"{stranger.namespace}::calm-1.exchange"
         async with open_stream(stranger.p2p, reducer.name, protocol, timeout_seconds=10.0, traffic=Traffic()) as stream:
             await stream.send(FrameKind.OPENING, opening_of(group))
+            listening = asyncio.create_task(listen(stream))
             for part in parts_for(0) + parts_for(1):
                 await stream.send(FrameKind.PART, part)
                 await asyncio.sleep(1.2)  # sleep: it is slow
+            await listening
 
     async def test() -> None:
         async with net.peers(3, num_elements=NUM_ELEMENTS, strangers=[2]) as members:
