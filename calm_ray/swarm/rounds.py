@@ -85,7 +85,8 @@ class SwarmOptimizer:
         self._failure: Exception | None = None
         self._stop, self._wake, self._started = threading.Event(), threading.Event(), threading.Event()
 
-        shapes, max_weight = [p.shape for p in self.holder.parameters], float(MAX_WEIGHT_IN_BATCHES * target_batch_size)
+        shapes = [p.shape for p in self.holder.parameters]
+        self._max_weight = max_weight = float(MAX_WEIGHT_IN_BATCHES * target_batch_size)
         stock = None
         if wire == "hivemind-1.1":  # forks, so before there are threads
             stock = StockWire(swarm, shapes=shapes, table=averaging, max_weight=max_weight)
@@ -289,7 +290,9 @@ class SwarmOptimizer:
         if self._intake is None:
             return None
         self._intake.park()
-        return self._intake.take()
+        taken = self._intake.take()
+        # After failed rounds it may be a mean of more samples than anybody believes: it then counts for fewer.
+        return (taken[0], min(taken[1], self._max_weight)) if taken is not None else None
 
     def _count(self, epoch: int, result: RoundResult, *, is_counted: bool) -> None:
         num_samples = self._intake.num_samples_taken if self._intake is not None else 0
