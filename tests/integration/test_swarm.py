@@ -125,3 +125,14 @@ def test_two_trainers_differ_by_at_most_1e_6_at_an_epoch_boundary(tmp_path: Path
     num_parameters = len(first.tensors) // 4  # AdamW: parameter, step, two moments
     for a, b in zip(first.tensors[:num_parameters], second.tensors[:num_parameters], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.timeout(200)
+def test_peer_with_more_samples_than_anybody_believes_counts_for_fewer(tmp_path: Path) -> None:
+    """A micro-batch of five target batches, as after rounds that failed for long; four is what reducers believe."""
+    with tiny_swarm(tmp_path, run_id="many", target_batch_size=16, micro_batch_size=80) as swarm:
+        swarm.start("only", role="trainer", reach="public")
+        status = swarm.wait("only", lambda s: s.report and s.report.rounds.averaged >= 3, 2 * EPOCH_SECONDS)
+        assert status.report is not None and status.report.last_round is not None
+        assert status.report.rounds.non_finite == 0
+        assert status.report.last_round.total_weight == 64
