@@ -21,6 +21,7 @@ from benchmarks.swarm_spec import JournalReader, ProcessSpec
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.05
 POLITE_SECONDS = 15.0
+DUMP_SECONDS = 0.5
 
 
 @dataclass(kw_only=True)
@@ -58,8 +59,14 @@ class PeerProcess:
                     return event
             if not was_running or time.monotonic() > deadline:
                 why = "timed out" if was_running else "it has ended"
+                self.dump_stacks()
                 raise RuntimeError(f"{self.spec.name}: no {what!r}, {why}\n{self.log()[-3000:]}")
             time.sleep(POLL_SECONDS)
+
+    def dump_stacks(self) -> None:
+        """Have every thread's stack written into the log."""
+        self.signal(signal.SIGUSR1)
+        self.wait_until_ended(timeout_seconds=DUMP_SECONDS)
 
     def log(self) -> str:
         path = self.spec.folder / "log"

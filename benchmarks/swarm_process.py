@@ -4,6 +4,7 @@ It computes the task's gradients and steps with the driver that the spec names. 
 """
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -97,6 +98,8 @@ class Peer:
             epoch = stepper.epoch
             with self.cpu.span("compute"):
                 computed = task.compute()
+            if spec.pause_seconds:
+                self.stop.wait(spec.pause_seconds)
             with self.cpu.span("step"):
                 stepper.step(computed.num_samples)
             if spec.should_log_batches:
@@ -104,8 +107,6 @@ class Peer:
             self.cpu.num_samples += computed.num_samples
             if stepper.epoch != seen:
                 seen = self._on_boundary()
-            if spec.pause_seconds:
-                self.stop.wait(spec.pause_seconds)
         if not self.stop.is_set():
             self._on_end()
             self.stop.wait()
@@ -154,6 +155,7 @@ def _make_stepper(spec: ProcessSpec, task: Task, journal: Journal) -> Stepper:
 def main(path: Path) -> None:
     # Whoever started us is gone: so are we. A benchmark that was killed must leave nothing behind.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    faulthandler.register(signal.SIGUSR1)  # where do you hang? Every thread's stack, into the log
     peer = Peer(ProcessSpec.model_validate_json(path.read_bytes()))
     try:
         peer.run()

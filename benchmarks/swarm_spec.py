@@ -47,7 +47,7 @@ class ProcessSpec(BaseModel):
 
     micro_batch_size: int = Field(default=8, ge=1)
     pause_seconds: float = Field(default=0.0, ge=0.0)
-    """Sleep after each micro-batch: a slower machine that costs this one nothing."""
+    """Each micro-batch takes that much longer: a slower machine that costs this one nothing."""
 
     seconds: float | None = None
     """For `solo`: how long to compute."""

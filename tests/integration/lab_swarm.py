@@ -53,20 +53,27 @@ class SmallSwarm:
         return peer
 
     def start_all(self, num_trainers: int, **each: Mapping[str, Any]) -> None:
-        """Start the auxiliary peer and the trainers "t0", "t1" ..., and let all begin at once.
+        """Start the auxiliary peer and the trainers "t0", "t1" ..., and let all begin at once; `each`: see `prepare`."""
+        self.prepare(num_trainers, **each)
+        self.begin()
 
-        `each`: more fields of a peer's spec by its name, and `env`.
-        """
+    def prepare(self, num_trainers: int, **each: Mapping[str, Any]) -> None:
+        """Have everybody wait for `begin`. `each`: more fields of a peer's spec by its name, and `env`."""
         auxiliary = self.start("aux", role="auxiliary", **each.get("aux", {}))
         ready = auxiliary.wait_for("ready", timeout_seconds=START_SECONDS)
         self.addresses = tuple(ready["addresses"])
-        gate = self.folder / "gate"
         for index in range(num_trainers):
             name = f"t{index}"
-            self.start(name, seed=self.first_seed + index, gate=gate, **each.get(name, {}))
+            self.start(name, seed=self.first_seed + index, gate=self._gate, **each.get(name, {}))
         for peer in self.trainers():
             peer.wait_for("ready", timeout_seconds=START_SECONDS)
-        gate.touch()
+
+    def begin(self) -> None:
+        self._gate.touch()
+
+    @property
+    def _gate(self) -> Path:
+        return self.folder / "gate"
 
     def restart(self, name: str) -> PeerProcess:
         """Start a peer that has ended once more, with its identity; it has no parameters and other data."""

@@ -66,7 +66,9 @@ def measure(lab: Lab, folder: Path, table: AveragingTable, *, disturb: Disturb |
         for seed in range(NUM_SEEDS)
     ]  # fmt: skip
     for swarm in swarms:
-        swarm.start_all(NUM_TRAINERS, **each)
+        swarm.prepare(NUM_TRAINERS, **each)
+    for swarm in swarms:
+        swarm.begin()
     if disturb is not None:
         disturb(swarms)
     for swarm in swarms:
