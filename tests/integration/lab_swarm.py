@@ -53,7 +53,7 @@ class SmallSwarm:
         return peer
 
     def start_all(self, num_trainers: int, **each: Mapping[str, Any]) -> None:
-        """Start the auxiliary peer and the trainers "t0", "t1" ..., and let all begin at once; `each`: see `prepare`."""
+        """Start the auxiliary peer and the trainers "t0", "t1" ..., and let all begin at once. See `prepare`."""
         self.prepare(num_trainers, **each)
         self.begin()
 
