@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hivemind.optim.state_averager import dump_optimizer_state, load_optimizer_state
+from hivemind.optim.state_averager import dump_optimizer_state
+from hivemind.utils import nested_flatten, nested_pack
 
 MakeOptimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
+
+MAX_EPOCH = 1_000_000
+"""A stranger's state cannot claim more: the schedule goes there one epoch at a time, in some seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,30 +129,46 @@ class StateHolder:
             )
 
     def check(self, state: HeldState) -> None:
-        """Raise ValueError unless `state` can be ours: same shapes, same optimizer, all finite."""
-        own_metadata, own_tensors = dump_optimizer_state(self.optimizer)
-        expected = [tuple(t.shape) for t in (*self.parameters, *own_tensors)]
-        if [tuple(t.shape) for t in state.tensors] != expected:
-            raise ValueError(f"another model's state: {len(state.tensors)} tensors, or shapes, do not fit ours")
-        if not all(bool(t.isfinite().all()) for t in state.tensors):
-            raise ValueError("values are NaN or infinite")
-        kinds = [entry.get("type") for entry in state.optimizer_metadata if isinstance(entry, Mapping)]
-        if kinds != [entry["type"] for entry in own_metadata]:
-            raise ValueError("another optimizer's state")
+        """Raise ValueError unless `state` can be ours: same shapes and types, same optimizer, all finite."""
+        self._filled_in(state)
 
     def load(self, state: HeldState) -> None:
-        """Become `state`, or raise ValueError and stay as we are. The schedule is ours, not the donor's."""
-        self.check(state)
-        number = len(self.parameters)
+        """Become a copy of `state`, or raise ValueError and stay as we are. Options and schedule are ours, not the
+        donor's: of its optimizer only tensors and step counters count."""
+        filled, number = self._filled_in(state), len(self.parameters)
         with self.lock, torch.no_grad():
-            rates = [dict(group) for group in self.optimizer.param_groups]
-            load_optimizer_state(self.optimizer, state.optimizer_metadata, list(state.tensors[number:]))
-            for group, before in zip(self.optimizer.param_groups, rates, strict=True):
-                group.update({k: v for k, v in before.items() if k not in ("params", "step")})
+            copies = {n: {k: v.clone() for k, v in values.items()} for n, values in filled["state"].items()}
+            self.optimizer.load_state_dict({**filled, "state": copies})
             for parameter, loaded in zip(self.parameters, state.tensors[:number], strict=True):
                 parameter.copy_(loaded)
             self._rewind()
             self.set_epoch(state.epoch)
+
+    def _filled_in(self, state: HeldState) -> dict[str, Any]:
+        """Our optimizer's state dict with a stranger's tensors and step counters; ValueError if they do not fit."""
+        own = self.optimizer.state_dict()
+        _, own_tensors = dump_optimizer_state(self.optimizer)
+        expected = [(t.shape, t.dtype) for t in (*self.parameters, *own_tensors)]
+        if [(t.shape, t.dtype) for t in state.tensors] != expected:
+            raise ValueError(f"another model's state: {len(state.tensors)} tensors, or shapes, do not fit ours")
+        if not all(bool(t.isfinite().all()) for t in state.tensors):
+            raise ValueError("values are NaN or infinite")
+        if not 0 <= state.epoch <= MAX_EPOCH:
+            raise ValueError(f"epoch {state.epoch}, expected at most {MAX_EPOCH}")
+        tensors, flat = iter(state.tensors[len(self.parameters) :]), []
+        own_values = list(nested_flatten(own))
+        entries = [entry if isinstance(entry, Mapping) else {} for entry in state.optimizer_metadata]
+        if [entry.get("type") for entry in entries] != [_kind(value) for value in own_values]:
+            raise ValueError("another optimizer's state")
+        for value, entry in zip(own_values, entries, strict=True):
+            flat.append(next(tensors) if isinstance(value, torch.Tensor) else entry.get("value"))
+        theirs: dict[str, Any] = nested_pack(flat, structure=own)
+        for ours, group in zip(own["param_groups"], theirs["param_groups"], strict=True):
+            ours.update({"step": group["step"]} if "step" in ours else {})
+        counters = [*own["param_groups"], *theirs["state"].values()]
+        if not all(_is_count(counter["step"]) for counter in counters if "step" in counter):
+            raise ValueError("a step counter that does not count")
+        return {"state": theirs["state"], "param_groups": own["param_groups"]}
 
     def load_parameters(self, vector: torch.Tensor) -> None:
         """Replace the parameters by a flat vector; the optimizer's own state stays."""
@@ -165,6 +185,17 @@ class StateHolder:
         schedule = self._rules.make_schedule(self.optimizer)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns when we catch up with an epoch
         return schedule
+
+
+def _kind(value: Any) -> str:
+    """As hivemind's metadata says it."""
+    return "tensor" if isinstance(value, torch.Tensor) else "value"
+
+
+def _is_count(value: Any) -> bool:
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and 0 <= number <= MAX_EPOCH and number == int(number)
 
 
 def views_of(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
