@@ -19,12 +19,16 @@ from typing import Any
 import hivemind
 import torch
 
+from calm_ray.tables import OptimizerTable
+from calm_ray.training import optim as training_optim
 from tests.eventually import Child, Children, eventually
 from tests.shards import ROOT
 
 NUM_INPUTS, NUM_OUTPUTS, BATCH_SIZE = 16, 4, 8
 MATCHMAKING_SECONDS = 3.0
+SECONDS_PER_BATCH = 0.05
 LEARNING_RATES = {"sgd": 0.1, "adamw": 1e-2}
+ADAMW = OptimizerTable(name="adamw", learning_rate=LEARNING_RATES["adamw"], decay_epochs=1000)
 
 
 def make_model(seed: int, *, hidden: int = 32) -> torch.nn.Sequential:
@@ -40,8 +44,10 @@ def make_model(seed: int, *, hidden: int = 32) -> torch.nn.Sequential:
 
 
 def make_optimizer(name: str, params: Any) -> torch.optim.Optimizer:
-    rate = LEARNING_RATES[name]
-    return torch.optim.SGD(params, lr=rate) if name == "sgd" else torch.optim.AdamW(params, lr=rate)
+    """Plain SGD; or the run's own AdamW, as somebody would use who wants to train with us."""
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=LEARNING_RATES[name])
+    return training_optim.make_optimizer(params, table=ADAMW)
 
 
 def make_batch(seed: int, step: int, size: int = BATCH_SIZE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +93,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--optimizer", choices=sorted(LEARNING_RATES), default="sgd")
     parser.add_argument("--target-batch-size", type=int, default=256)
-    parser.add_argument("--seconds-per-batch", type=float, default=0.05)
+    parser.add_argument("--seconds-per-batch", type=float, default=SECONDS_PER_BATCH)
     parser.add_argument("--averaging-timeout", type=float, default=30.0)
     parser.add_argument("--next-chunk-timeout", type=float, default=5.0)
     parser.add_argument("--no-offload", action="store_true", help="hand over a torch optimizer, not a factory")
@@ -110,10 +116,12 @@ def main() -> None:
     dht = hivemind.DHT(initial_peers=[args.peer] if args.peer else None, client_mode=args.client_mode_dht, start=True)
     model = make_model(args.model_seed, hidden=args.hidden)
     how: dict[str, Any] = (
-        {"optimizer": make_optimizer(args.optimizer, model.parameters())}
+        {"optimizer": make_optimizer(args.optimizer, [{"params": list(model.parameters())}])}
         if args.no_offload
         else {"params": list(model.parameters()), "optimizer": lambda params: make_optimizer(args.optimizer, params)}
     )
+    if args.optimizer == "adamw":
+        how["scheduler"] = training_optim.make_schedule(ADAMW)
     optimizer = hivemind.Optimizer(
         dht=dht, run_id=args.run_id, target_batch_size=args.target_batch_size, batch_size_per_step=BATCH_SIZE,
         matchmaking_time=MATCHMAKING_SECONDS, averaging_timeout=args.averaging_timeout,

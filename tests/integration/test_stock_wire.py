@@ -1,23 +1,13 @@
-"""Our rounds on hivemind's wire, by real processes: what each member gets, what it is told, and how long it takes."""
+"""Our rounds on hivemind's wire, by real processes: what each member gets, what it is told, and how long it takes.
 
-import json
-import sys
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
+With bare optimizers: `test_bare_optimizer.py`. Attacked: `test_pitfalls_rounds.py`.
+"""
+
 from typing import Any
 
 import pytest
-import torch
 
-from tests.eventually import Children, eventually
-from tests.integration.stock import Bare, start_bare
-from tests.integration.stock_nodes import LIMITS, run_cases
-from tests.shards import ROOT
-
-NUM_EPOCHS = 3
-TARGET_BATCH_SIZE = 2000
-"""Some seconds of computing for four trainers: a bare peer looks for its groups ahead, and cannot in less."""
+from tests.integration.stock_nodes import run_cases
 
 
 @pytest.fixture(scope="module")
@@ -101,59 +91,3 @@ def test_parameters_of_unlike_epochs_are_no_true_round(more: dict[str, Any]) -> 
 @pytest.mark.slow(shard=1)
 def test_round_of_readers_is_weightless(more: dict[str, Any]) -> None:
     assert [result["outcome"] for result in more["ours_weightless"]] == ["zero_weight"] * 2
-
-
-# --- with bare optimizers --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Bare], Path]]:
-    """Two bare optimizers, with and without offloading, and two of ours that end after some epochs."""
-    folder = tmp_path_factory.mktemp("mixed")
-    with Children(folder) as children:
-        ours = folder / "ours"
-        ours.mkdir()
-        gate = ours / "gate"
-        start = partial(start_bare, children, run_id="mixed", target_batch_size=TARGET_BATCH_SIZE, gate=gate)
-        first = start(folder / "first")
-        second = start(folder / "second", peer=first.addresses[0], seed=1, no_offload=True)
-        argv: list[str | Path] = [sys.executable, "-W", "ignore", "-m", "tests.integration.stock_driver", ours, "mixed"]
-        driver = children.start([*argv, str(NUM_EPOCHS), str(TARGET_BATCH_SIZE), first.addresses[0]], cwd=ROOT)
-        eventually((ours / "ready").exists, 60, driver.tail)
-        gate.touch()
-        assert driver.wait(150) == 0, driver.tail()
-        for bare in (first, second):
-            bare.stop()
-        eventually(lambda: not first.child.is_running() and not second.child.is_running(), 30)
-        yield [first, second], ours
-
-
-@pytest.mark.slow(shard=1)
-@pytest.mark.timeout(300)
-def test_bare_optimizers_average_with_us(mixed: tuple[list[Bare], Path]) -> None:
-    """Which needs their prefixes, their class names and the hash of their tensors, offloaded or not."""
-    bares, ours = mixed
-    members = {bare.peer_id for bare in bares}
-    for rounds in json.loads((ours / "rounds.json").read_text()):
-        true = [each for each in rounds if each["is_true"] and each["group_size"] == 4]
-        told = [(each["kind"], each["epoch"], each["outcome"], each["group_size"], each["detail"]) for each in rounds]
-        for kind in ("gradients", "state"):
-            assert len([each for each in true if each["kind"] == kind]) >= NUM_EPOCHS - 1, told
-        for each in true:
-            assert not each["weights"] or members < each["weights"].keys(), "bare peers' contributions count"
-            assert each["seconds"] < LIMITS.round_seconds + 15
-
-
-@pytest.mark.slow(shard=1)
-@pytest.mark.timeout(300)
-def test_parameters_of_bare_optimizers_and_ours_stay_together(mixed: tuple[list[Bare], Path]) -> None:
-    bares, ours = mixed
-    first, second = (torch.load(ours / f"peer-{number}.pt") for number in range(2))
-    assert (first - second).abs().max() < 1e-6
-    moved = (first[1:] - first[:-1]).abs().amax(dim=1)
-    assert bool((moved > 1e-4).all()), "every epoch has a step"
-    rounds = json.loads((ours / "rounds.json").read_text())[0]
-    whole = [e["epoch"] + 1 for e in rounds if (e["kind"], e["group_size"], e["is_true"]) == ("gradients", 4, True)]
-    for epoch in whole:
-        for bare in bares:  # before its state is averaged: that takes out what a round without us put in
-            assert (bare.parameters(epoch) - first[epoch]).abs().max() < 1e-5, (epoch, bare.logged("Averaged"))
