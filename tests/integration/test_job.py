@@ -1,5 +1,6 @@
 """The organiser's job end to end on a local Ray, with a volunteer from outside: what `make demo` does, small."""
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ import psutil
 import pytest
 from transformers import AlbertForPreTraining, AutoTokenizer
 
+from calm_ray.checkpoint.manifest import folder_name
+from calm_ray.checkpoint.verify import verify_checkpoint
+from launchers.output import newest_epoch
 from tests.eventually import Child, Children, eventually
 from tests.integration.runs import write_config
 
@@ -23,8 +27,8 @@ keep_last = 2
 """
 
 
-def _job(children: Children, config: Path, out: Path) -> Child:
-    return children.start([sys.executable, "-m", "launchers.job", config, "--out", out])
+def _job(children: Children, config: Path, out: Path, *options: str) -> Child:
+    return children.start([sys.executable, "-m", "launchers.job", config, "--out", out, *options])
 
 
 def _ours(out: Path) -> list[psutil.Process]:
@@ -78,3 +82,32 @@ def test_job_that_ends_early_takes_its_peers_with_it(tmp_path: Path, children: C
     job.wait(40)
     eventually(lambda: not _ours(out), 30, lambda: f"left: {_ours(out)}")
     assert "Traceback" not in job.output()
+
+
+@pytest.mark.slow(shard=2)
+@pytest.mark.timeout(600)
+def test_job_that_was_killed_goes_on_only_when_told_and_ends_its_run(tmp_path: Path, children: Children) -> None:
+    config = write_config(tmp_path / "run.toml", run_id="resumed", num_epochs=40, more=ORGANISER)
+    out = tmp_path / "out"
+    job = _job(children, config, out)
+    eventually(lambda: newest_epoch(out) >= 4, RUN_SECONDS, job.tail)
+    job.signal_group(signal.SIGKILL)
+    assert job.wait(40) == -signal.SIGKILL
+
+    untold = _job(children, config, out)
+    assert untold.wait(60) == 2
+    assert "go on from there with --resume, or begin anew with --fresh" in untold.tail(1)
+
+    resumed = _job(children, config, out, "--resume")  # at once: peers of the first job may still be leaving
+    assert resumed.wait(RUN_SECONDS) == 0, resumed.tail()
+    told = re.search(r"Going on from the checkpoint of epoch (\d+)", resumed.output())
+    assert told and int(told[1]) >= 4
+    assert f"checkpoint={out / 'checkpoints' / folder_name(int(told[1]))}" in (
+        out / "peers" / "auxiliary-0" / "peer.log"
+    ).read_text(errors="replace")
+    verify_checkpoint(out / "checkpoints" / folder_name(40))
+
+    finished = _job(children, config, out, "--resume")
+    assert finished.wait(60) == 2
+    assert "epoch 40 is the run's last; raise num_epochs" in finished.tail(1)
+    eventually(lambda: not _ours(out), 15, lambda: f"left: {_ours(out)}")
