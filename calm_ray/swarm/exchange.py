@@ -114,7 +114,13 @@ class Exchange:
         traffic = self._traffic[group.kind]
         result = replace(result, bytes_sent=traffic.sent, bytes_received=traffic.received)
         traffic.sent = traffic.received = 0
+        traffic.meter.end_round()
         return result
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """What our line has taken at its best in the last rounds; None until one was long enough to tell."""
+        return max((rate for t in self._traffic.values() if (rate := t.meter.bytes_per_second)), default=None)
 
     async def fetch_last(
         self, peer_id: str, *, kind: Kind, epoch: int, limits: RoundLimits

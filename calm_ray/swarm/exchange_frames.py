@@ -8,8 +8,9 @@ Only the caller hangs up: when a handler ends, libp2p's daemon resets the stream
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from struct import Struct
 
@@ -24,6 +25,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
 from hivemind.proto import p2pd_pb2
 
 from calm_ray.swarm.exchange_messages import MAX_HEADER_BYTES, BadMessage
+from calm_ray.swarm.exchange_meter import RateMeter
 from calm_ray.swarm.exchange_window import Window
 
 PREFIX, CLOCK = Struct(">BI"), Struct(">d")
@@ -55,6 +57,8 @@ class Traffic:
 
     sent: int = 0
     received: int = 0
+    meter: RateMeter = field(default_factory=RateMeter)
+    """Of what others have confirmed."""
 
 
 class Stream:
@@ -63,6 +67,7 @@ class Stream:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: Traffic) -> None:
         self._reader, self._writer, self.traffic = reader, writer, traffic
         self._window, self._has_room = Window(), asyncio.Event()
+        self._on_its_way: deque[int] = deque()  # bytes of the parts that are not confirmed: as many as the window holds
         self._clock = asyncio.get_running_loop().time
 
     async def send(self, kind: FrameKind, payload: bytes = b"") -> None:
@@ -75,6 +80,7 @@ class Stream:
                 self._has_room.clear()
                 await self._has_room.wait()
             self._window.on_sent(self._clock())
+            self._on_its_way.append(len(payload))
             self.traffic.sent += len(payload)
         self._writer.write(PREFIX.pack(kind, len(payload)) + payload)
         await self._writer.drain()
@@ -94,6 +100,7 @@ class Stream:
             if kind == FrameKind.CONFIRMED:
                 if length != CLOCK.size or not self._window.on_confirmed(CLOCK.unpack(payload)[0]):
                     raise BadMessage("confirmed what was never sent")
+                self.traffic.meter.note(self._on_its_way.popleft(), now=self._clock())
                 self._has_room.set()
                 continue
             if kind == FrameKind.PART:
