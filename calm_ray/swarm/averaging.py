@@ -4,6 +4,7 @@ Blocking for the caller; inside, coroutines on the swarm's loop. `wires.py` says
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import secrets
@@ -14,11 +15,12 @@ import torch
 from hivemind.utils import get_dht_time
 
 from calm_ray.swarm.exchange import Exchange
+from calm_ray.swarm.gathering import Key, NoGroup
 from calm_ray.swarm.group import Group, Kind, Member
 from calm_ray.swarm.health import RoundFact, RoundHealth, after_round
 from calm_ray.swarm.limits import RoundLimits, round_limits
-from calm_ray.swarm.matchmaking import Key, Matchmaker, NoGroup
-from calm_ray.swarm.messages import Ticket
+from calm_ray.swarm.matchmaking import Matchmaker
+from calm_ray.swarm.messages import MAX_TIMES_OWN, Ticket
 from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.progress import ProgressTracker
 from calm_ray.swarm.roster import Roster
@@ -34,6 +36,7 @@ LIVE_SECONDS = 15.0
 """A trainer whose last record is older than this is not waited for; records come with each micro-batch."""
 NUM_MEASURED = 20
 SERVE_TIMEOUT_SECONDS = 15.0
+LINGER_SECONDS = 15.0
 SETTLE_SECONDS = 30.0
 """More than a round's own limits before we take our own loop to be stuck."""
 
@@ -178,16 +181,17 @@ class OwnAveraging:
 
     def average(self, kind: Kind, epoch: int, take: Take) -> RoundResult:
         limits = self.limits(kind)
-        bound = limits.matchmaking_seconds + 2 * limits.round_seconds + SETTLE_SECONDS
+        bound = MAX_TIMES_OWN * (limits.matchmaking_seconds + limits.round_seconds) + SETTLE_SECONDS
+        sketch = self._sketch().to_bytes()  # here, not on the loop: it reads all parameters
         try:
-            return self._swarm.loop.run(self._average(kind, epoch, take, limits), timeout_seconds=bound)
+            return self._swarm.loop.run(self._average(kind, epoch, take, limits, sketch), timeout_seconds=bound)
         except TimeoutError:
             return RoundResult(outcome="failed", detail=f"our own loop was stuck for {bound:.0f} s")
 
-    async def _average(self, kind: Kind, epoch: int, take: Take, limits: RoundLimits) -> RoundResult:
+    async def _average(self, kind: Kind, epoch: int, take: Take, limits: RoundLimits, sketch: bytes) -> RoundResult:
         ticket = Ticket(
             kind=kind, epoch=epoch, schema=self._schema, is_sender=kind == "state" or not self._is_auxiliary,
-            can_reduce=self._is_reachable, bandwidth=self._bandwidth, sketch=self._sketch().to_bytes(),
+            can_reduce=self._is_reachable, bandwidth=self._bandwidth, sketch=sketch,
         )  # fmt: skip
         num_live = len(self._expected()) + 1
         try:
@@ -199,6 +203,7 @@ class OwnAveraging:
             if kind == "gradients":
                 self._note(result, None, num_live=num_live)
             return result
+        has_failed = True
         try:
             self._last_group = group
             contribution = await asyncio.get_running_loop().run_in_executor(None, take)
@@ -209,8 +214,9 @@ class OwnAveraging:
             result = await self.exchange.run(
                 group, vector=vector, weight=weight, codec=self._codec(kind), max_weight=max_weight
             )
+            has_failed = result.outcome in ("partial", "timeout", "only_clients", "failed")
         finally:
-            self._matchmaker.done()
+            self._matchmaker.done(has_failed=has_failed)
         if kind == "gradients":
             self._note(result, group, num_live=num_live)
         return result
@@ -241,7 +247,13 @@ class OwnAveraging:
         )  # fmt: skip
 
     def close(self) -> None:
-        self._swarm.loop.run(self.exchange.close(), timeout_seconds=SERVE_TIMEOUT_SECONDS)
+        """Some groupmates may take longer than we can wait for."""
+        with contextlib.suppress(TimeoutError):
+            self._swarm.loop.run(self._close(), timeout_seconds=LINGER_SECONDS)
+
+    async def _close(self) -> None:
+        self._matchmaker.leave()
+        await self.exchange.close()
 
 
 def _sketch_of(ticket: Ticket) -> Sketch | None:

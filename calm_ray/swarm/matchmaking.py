@@ -9,9 +9,9 @@ way, so nobody waits in a circle. Cost: one request per member and round, and N 
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 # hivemind tells a stream by typing's alias, and only by that.
@@ -20,9 +20,12 @@ from typing import Any, AsyncIterator  # noqa: UP035
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 
-from calm_ray.swarm.group import Group, Kind
+from calm_ray.swarm.gathering import Gathering, Key, NoGroup, is_quorum, rank_of, should_begin
+from calm_ray.swarm.group import Group
 from calm_ray.swarm.limits import RoundLimits
 from calm_ray.swarm.messages import (
+    MAX_EPOCH,
+    MAX_MEMBERS,
     Malformed,
     Ticket,
     pack,
@@ -32,12 +35,10 @@ from calm_ray.swarm.messages import (
     unpack_group,
     unpack_ticket,
 )
-from calm_ray.swarm.verdict import Outcome
 from calm_ray.swarm.wires import Behind
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[Kind, int]
 TICK_SECONDS = 0.1
 RETRY_SECONDS = 0.3
 RELOOK_SECONDS = 0.5
@@ -45,42 +46,11 @@ RELOOK_SECONDS = 0.5
 SUSPECT_SECONDS = 30.0
 """A peer that did not answer is asked last for so long."""
 HANG_UP_SECONDS = 10.0
+ANSWER_SECONDS = 300.0
+"""A follower is kept for so long at most, more than any search for a group lasts."""
 MAX_HOPS = 4
-
-
-class NoGroup(Exception):
-    """Nobody to average with this time."""
-
-    def __init__(self, outcome: Outcome, detail: str) -> None:
-        super().__init__(detail)
-        self.outcome: Outcome = outcome
-
-
-def rank_of(peer_id: str, *, run_id: str, key: Key) -> bytes:
-    """Smallest leads. Changes with every round, so the work goes round too."""
-    return hashlib.sha256(f"{run_id}/{key[0]}/{key[1]}/{peer_id}".encode()).digest()
-
-
-def should_begin(*, num_here: int, num_missing: int, age: float, quorum_age: float | None, limits: RoundLimits) -> bool:
-    """Whether a leader goes ahead. `quorum_age`: seconds since most of those expected were there, None if not yet."""
-    if num_here < 2 or num_here <= num_missing:
-        return False  # a minority must not step: the others may be doing so already
-    if num_missing == 0 or age >= limits.matchmaking_seconds:
-        return True
-    return quorum_age is not None and quorum_age >= limits.grace_seconds
-
-
-class Gathering:
-    """Those who asked us to lead one round, and what we heard from those whom we asked to come."""
-
-    def __init__(self) -> None:
-        self.tickets: dict[str, Ticket] = {}
-        self.opened_at = time.monotonic()
-        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.called: set[str] = set()
-        self.unreachable: set[str] = set()
-        self.is_begun_elsewhere = False
-        self.behind: Behind | None = None
+MAX_FAILED_ROUNDS = 2
+"""In a row under one leader; then another one leads. Its groups may not exist."""
 
 
 class Matchmaker(ServicerBase):
@@ -96,7 +66,11 @@ class Matchmaker(ServicerBase):
         self._suspects: dict[str, float] = {}
         self._unreachable: dict[str, float] = {}
         self._closed_states: set[int] = set()
+        self._failed_rounds: Counter[str] = Counter()
+        self._calls: set[asyncio.Task[None]] = set()
         self._active: Key | None = None
+        self._followed: str | None = None
+        self._is_leaving = False
         self._p2p: P2P | None = None
         self._own_id = ""
         self._is_served = False
@@ -127,11 +101,13 @@ class Matchmaker(ServicerBase):
         try:
             self._on_knock(key)
             yield _message("accepted")
-            yield BytesValue(value=await asyncio.shield(gathering.answer))
+            async with asyncio.timeout(ANSWER_SECONDS):
+                answer = await asyncio.shield(gathering.answer)
+            yield BytesValue(value=answer)
             await asyncio.sleep(HANG_UP_SECONDS)
         finally:
-            if not gathering.answer.done():
-                gathering.tickets.pop(peer_id, None)
+            if not gathering.answer.done() and gathering.tickets.get(peer_id) is ticket:  # it may have asked anew
+                del gathering.tickets[peer_id]
 
     def _admit(self, key: Key, ticket: Ticket) -> tuple[Gathering | None, BytesValue]:
         kind, epoch = key
@@ -141,14 +117,16 @@ class Matchmaker(ServicerBase):
             return None, _message("over", epoch=self._epoch())
         if epoch > self._epoch():
             return None, _message("refused", why="not there yet")
+        if self._is_leaving:
+            return None, _message("refused", why="leaving")
         if key in self._leaders:
             return None, _message("redirect", to=self._leaders[key])
         gathering = self._gatherings.get(key)
         if gathering is None:
             self._gatherings = {k: g for k, g in self._gatherings.items() if k[1] >= epoch}  # what is over may go
             gathering = self._gatherings[key] = Gathering()
-        if gathering.answer.done():
-            return None, _message("refused", why="begun")
+        if gathering.answer.done() or len(gathering.tickets) >= MAX_MEMBERS:
+            return None, _message("refused", why="begun, or full")
         return gathering, BytesValue()
 
     async def rpc_call_round(self, request: BytesValue, context: P2PContext) -> BytesValue:  # noqa: ARG002
@@ -171,9 +149,22 @@ class Matchmaker(ServicerBase):
         now = time.monotonic()
         return {peer for peer, until in self._unreachable.items() if until > now}
 
-    def done(self) -> None:
-        """The round that `find` found a group for is over, whatever came of it."""
+    def done(self, *, has_failed: bool = False) -> None:
+        """The round that `find` found a group for is over."""
         self._active = None
+        if not has_failed:
+            self._failed_rounds.clear()
+        elif self._followed is not None:
+            self._failed_rounds[self._followed] += 1
+            if self._failed_rounds[self._followed] >= MAX_FAILED_ROUNDS:
+                self.distrust(self._followed)
+                self._failed_rounds.clear()
+
+    def leave(self) -> None:
+        """Follow and lead nobody any more; followers are told so."""
+        self._is_leaving = True
+        for key in list(self._gatherings):
+            self._close(key, _message("refused", why="leaving").value)
 
     def close_state_round(self, epoch: int) -> None:
         """We will not average parameters at `epoch` any more: whoever asks is told at once."""
@@ -189,6 +180,8 @@ class Matchmaker(ServicerBase):
         Both are asked again and again.
         """
         key: Key = (ticket.kind, ticket.epoch)
+        self._followed = None
+        self._unreachable = {peer: until for peer, until in self._unreachable.items() if until > time.monotonic()}
         deadline = time.monotonic() + limits.matchmaking_seconds
         try:
             while True:
@@ -227,8 +220,11 @@ class Matchmaker(ServicerBase):
                     break
                 answer = await self._ask(leader, ticket, key, limits, deadline)
                 if isinstance(answer, Group):
+                    self._followed = leader
                     return answer
                 leader = answer
+            if time.monotonic() >= deadline:
+                return None
         return None
 
     async def _ask(
@@ -248,7 +244,7 @@ class Matchmaker(ServicerBase):
                 patience = max(0.0, deadline - time.monotonic()) + limits.grace_seconds + limits.request_seconds
                 async with asyncio.timeout(patience):
                     fields = unpack((await anext(stream)).value)
-            return self._understand(fields, leader, key)
+            return self._understand(fields, leader, key, limits)
         except Behind:
             raise
         except Exception as exc:  # noqa: BLE001  whatever a stranger's peer does, it is not our leader
@@ -263,13 +259,15 @@ class Matchmaker(ServicerBase):
                 with contextlib.suppress(Exception):
                     await stream.aclose()
 
-    def _understand(self, fields: dict[str, Any], leader: str, key: Key) -> Group | str | None:
+    def _understand(self, fields: dict[str, Any], leader: str, key: Key, limits: RoundLimits) -> Group | str | None:
         match fields.get("type"):
             case "begin":
-                return unpack_group(fields, kind=key[0], epoch=key[1], own_peer_id=self._own_id)
+                return unpack_group(
+                    fields, kind=key[0], epoch=key[1], own_peer_id=self._own_id, own_limits=limits
+                )  # fmt: skip
             case "over":
                 epoch = fields.get("epoch")
-                if not isinstance(epoch, int) or epoch < key[1]:
+                if not isinstance(epoch, int) or not key[1] <= epoch <= MAX_EPOCH:
                     raise Malformed("over")
                 raise Behind(epoch, leader)
             case "redirect":
@@ -292,22 +290,29 @@ class Matchmaker(ServicerBase):
         quorum_at, relook_at = None, time.monotonic() + RELOOK_SECONDS
         while (now := time.monotonic()) < deadline + TICK_SECONDS:
             awaited = expected()
-            missing = awaited.keys() - gathering.tickets.keys() - gathering.unreachable
+            away = awaited.keys() - gathering.tickets.keys()
+            missing = away - gathering.unreachable
             for peer_id in missing - gathering.called:
                 gathering.called.add(peer_id)
                 if not awaited[peer_id]:
                     continue
-                asyncio.get_running_loop().create_task(self._call(peer_id, key, gathering, limits))
+                call = asyncio.create_task(self._call(peer_id, key, gathering, limits))
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
             if gathering.behind is not None:
                 raise gathering.behind
-            if gathering.is_begun_elsewhere:
-                gathering.called.clear()
+            if (busy := gathering.begun_by) is not None:
+                gathering.called.discard(busy)  # ask it anew, for that round may fail
+                gathering.begun_by = None
                 return None
             num_here = len(gathering.tickets)
-            if quorum_at is None and num_here >= 2 and num_here > len(missing):
+            if quorum_at is None and is_quorum(num_here=num_here, num_others=len(away)):
                 quorum_at = now
             age, quorum_age = now - gathering.opened_at, None if quorum_at is None else now - quorum_at
-            if should_begin(num_here=num_here, num_missing=len(missing), age=age, quorum_age=quorum_age, limits=limits):
+            if should_begin(
+                num_here=num_here, num_missing=len(missing), num_unreachable=len(away - missing), age=age,
+                quorum_age=quorum_age, limits=limits,
+            ):  # fmt: skip
                 group = self._form(key, dict(gathering.tickets))
                 gathering.answer.set_result(pack_group(group))
                 return group
@@ -340,10 +345,10 @@ class Matchmaker(ServicerBase):
             return
         self._unreachable.pop(peer_id, None)
         epoch = fields.get("epoch")
-        if isinstance(epoch, int) and epoch > key[1] and peer_id not in self._suspects:
+        if isinstance(epoch, int) and key[1] < epoch <= MAX_EPOCH and peer_id not in self._suspects:
             gathering.behind = Behind(epoch, peer_id)
         elif fields.get("active") == list(key):
-            gathering.is_begun_elsewhere = True
+            gathering.begun_by = peer_id
 
 
 def _message(kind: str, **fields: Any) -> BytesValue:

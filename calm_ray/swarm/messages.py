@@ -11,8 +11,12 @@ from calm_ray.swarm.limits import RoundLimits
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_MEMBERS = 4096
-MAX_SECONDS = 24 * 3600.0
 MAX_EPOCH = 10**9
+MIN_BANDWIDTH, MAX_BANDWIDTH = 1e3, 1e10
+"""Bytes per second; claims beyond are cut, for shares are computed from them."""
+MIN_SECONDS = 0.01
+MAX_TIMES_OWN = 6.0
+"""Our own limits that a leader's may be, at most: bad health makes them 4 times as long. Beyond that, another leads."""
 
 
 class Malformed(ValueError):
@@ -59,12 +63,13 @@ def pack_ticket(ticket: Ticket) -> bytes:
 
 def unpack_ticket(data: bytes) -> Ticket:
     fields = unpack(data)
-    bandwidth = fields.get("bandwidth")
+    bandwidth = None
+    if fields.get("bandwidth") is not None:
+        bandwidth = min(max(_number(fields, "bandwidth", math.inf), MIN_BANDWIDTH), MAX_BANDWIDTH)
     return Ticket(
         kind=_kind(fields), epoch=_whole(fields, "epoch", MAX_EPOCH), schema=_bytes(fields, "schema", 32),
         is_sender=_bool(fields, "is_sender"), can_reduce=_bool(fields, "can_reduce"),
-        bandwidth=None if bandwidth is None else _number(fields, "bandwidth", 1e12),
-        sketch=_bytes(fields, "sketch", 4096),
+        bandwidth=bandwidth, sketch=_bytes(fields, "sketch", 4096),
     )  # fmt: skip
 
 
@@ -76,8 +81,8 @@ def pack_group(group: Group) -> bytes:
     )  # fmt: skip
 
 
-def unpack_group(fields: dict[str, Any], *, kind: Kind, epoch: int, own_peer_id: str) -> Group:
-    """Raises Malformed unless this is a group of `kind` and `epoch` that we are in."""
+def unpack_group(fields: dict[str, Any], *, kind: Kind, epoch: int, own_peer_id: str, own_limits: RoundLimits) -> Group:
+    """Raises Malformed unless this is a group of `kind` and `epoch` that we are in, with times that can be meant."""
     entries = fields.get("members")
     if not isinstance(entries, list) or not 2 <= len(entries) <= MAX_MEMBERS:
         raise Malformed("members")
@@ -89,17 +94,25 @@ def unpack_group(fields: dict[str, Any], *, kind: Kind, epoch: int, own_peer_id:
         raise Malformed("fractions do not add up to 1")
     if _kind(fields) != kind or fields.get("epoch") != epoch:
         raise Malformed("another round's group")
-    limits = fields.get("limits")
-    if not isinstance(limits, dict) or set(limits) != set(RoundLimits.__dataclass_fields__):
-        raise Malformed("limits")
     out_of_step = fields.get("out_of_step")
-    if not isinstance(out_of_step, list) or not peer_ids.issuperset(p for p in out_of_step if isinstance(p, str)):
+    if not isinstance(out_of_step, list) or not all(isinstance(p, str) and p in peer_ids for p in out_of_step):
         raise Malformed("out_of_step")
     return Group(
         group_id=_bytes(fields, "group_id", 16), kind=kind, epoch=epoch, members=members,
-        limits=RoundLimits(**{name: _number(limits, name, MAX_SECONDS) for name in limits}),
+        limits=_limits(fields.get("limits"), own=own_limits),
         drift=_number(fields, "drift", 1e6), out_of_step=tuple(out_of_step),
     )  # fmt: skip
+
+
+def _limits(fields: Any, *, own: RoundLimits) -> RoundLimits:
+    """A stranger must not have us wait for a day, nor for no time at all."""
+    if not isinstance(fields, dict) or set(fields) != set(RoundLimits.__dataclass_fields__):
+        raise Malformed("limits")
+    seconds = {name: _number(fields, name, MAX_TIMES_OWN * getattr(own, name)) for name in fields}
+    limits = RoundLimits(**seconds)
+    if min(seconds.values()) < MIN_SECONDS or limits.chunk_seconds > limits.round_seconds:
+        raise Malformed("limits")
+    return limits
 
 
 def _member(entry: Any) -> Member:
@@ -107,7 +120,7 @@ def _member(entry: Any) -> Member:
         raise Malformed("member")
     peer_id, is_sender, fraction = entry
     is_sound = isinstance(peer_id, str) and len(peer_id) <= 64 and isinstance(is_sender, bool)
-    if not is_sound or not isinstance(fraction, float | int) or not 0 <= fraction <= 1:
+    if not is_sound or isinstance(fraction, bool) or not isinstance(fraction, float | int) or not 0 <= fraction <= 1:
         raise Malformed("member")
     return Member(peer_id=peer_id, is_sender=is_sender, fraction=float(fraction))
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from calm_ray.swarm.gathering import Key
 from calm_ray.swarm.group import Group, Member
-from calm_ray.swarm.matchmaking import Key, Matchmaker
+from calm_ray.swarm.matchmaking import Matchmaker
 from calm_ray.swarm.messages import Ticket
 from tests.unit.swarm.loopback import LIMITS, Loopback, loopback, start_daemon
 
