@@ -154,12 +154,18 @@ class OwnAveraging:
 
     # --- one round ---------------------------------------------------------------------------------------------------
 
-    def limits(self, kind: Kind) -> RoundLimits:
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second of our line: what `[peer]` says, else what the last rounds have shown, if anything."""
+        return self._bandwidth or self.exchange.bytes_per_second
+
+    def limits(self, kind: Kind, *, slowest: float | None = None) -> RoundLimits:
         codec, expected = self._codec(kind), self._expected()
         return round_limits(
             num_bytes=self._num_elements * BYTES_PER_ELEMENT[codec], num_members=len(expected) + 1,
             num_reducers=sum(expected.values()) + self._is_reachable, network=self._table.network,
-            slowest_bandwidth=self._bandwidth, measured_seconds=tuple(self._measured) if kind == "gradients" else (),
+            slowest_bandwidth=slowest or self.bandwidth,
+            measured_seconds=tuple(self._measured) if kind == "gradients" else (),
             matchmaking_seconds=self._table.matchmaking_seconds,
             averaging_timeout_seconds=self._table.averaging_timeout_seconds,
             matchmaking_factor=self.health.matchmaking.factor, averaging_factor=self.health.averaging.factor,
@@ -191,7 +197,7 @@ class OwnAveraging:
     async def _average(self, kind: Kind, epoch: int, take: Take, limits: RoundLimits, sketch: bytes) -> RoundResult:
         ticket = Ticket(
             kind=kind, epoch=epoch, schema=self._schema, is_sender=kind == "state" or not self._is_auxiliary,
-            can_reduce=self._is_reachable, bandwidth=self._bandwidth, sketch=sketch,
+            can_reduce=self._is_reachable, bandwidth=self.bandwidth, sketch=sketch,
         )  # fmt: skip
         num_live = len(self._expected()) + 1
         try:
@@ -241,9 +247,10 @@ class OwnAveraging:
             Member(peer_id=p, is_sender=sends, fraction=f)
             for p, sends, f in zip(peers, is_sender, fractions, strict=True)
         )
+        slowest = min((b for p in peers if (b := tickets[p].bandwidth)), default=None)
         return Group(
             group_id=secrets.token_bytes(16), kind=key[0], epoch=key[1], members=members,
-            limits=self.limits(key[0]), drift=drift, out_of_step=tuple(astray),
+            limits=self.limits(key[0], slowest=slowest), drift=drift, out_of_step=tuple(astray),
         )  # fmt: skip
 
     def close(self) -> None:
