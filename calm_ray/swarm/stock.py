@@ -9,6 +9,7 @@ Subclasses of stock's GradientAverager and TrainingStateAverager were rejected: 
 serve their buffers as "state", and their `step()` waits for ever for a process that has died.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ class StockAveraging:
         self.limits = limits
         """Of the rounds that begin from now on."""
         self._own_id = swarm.peer_id
-        self._number = 0
+        self._numbers = itertools.count(1)
         self._vectors: dict[Kind, torch.Tensor] = {}
         self._processes: dict[Kind, StockProcess] = {}
         self._max_weights: dict[Kind, float] = {"gradients": max_weight, "state": STATE_WEIGHT}
@@ -88,11 +89,10 @@ class StockAveraging:
         round is the one after the step, which bare peers tell each other, too.
         """
         started = time.monotonic()
-        self._number += 1
-        process, number, until = self._processes[kind], self._number, started + timeout_seconds
+        process, number, until = self._processes[kind], next(self._numbers), started + timeout_seconds
         flaw = ""
         try:
-            process.tell("begin", self._request(epoch, started, timeout_seconds))
+            process.tell("begin", self._request(number, epoch, started, timeout_seconds))
             answer = process.answer(number, until=until)
             if isinstance(answer, Standing):
                 weight, flaw = self._load(kind, take())
@@ -117,15 +117,15 @@ class StockAveraging:
         return all(process.is_alive() for process in self._processes.values())
 
     def close(self, *, linger_seconds: float | None = None) -> None:
-        """End both processes; those who still fetch their averages from us get `linger_seconds`, or a round's time."""
+        """End both processes; who still fetches an average from us gets `linger_seconds`, or the rest of the round."""
         linger = self.limits.round_seconds if linger_seconds is None else linger_seconds
         for process in self._processes.values():
             process.close(linger_seconds=linger)
 
-    def _request(self, epoch: int, started: float, timeout_seconds: float) -> RoundRequest:
+    def _request(self, number: int, epoch: int, started: float, timeout_seconds: float) -> RoundRequest:
         reserve = min(self.limits.round_seconds, timeout_seconds / 2)
         return RoundRequest(
-            number=self._number, epoch=epoch, search_until=started + timeout_seconds - reserve,
+            number=number, epoch=epoch, search_until=started + timeout_seconds - reserve,
             deadline=started + timeout_seconds, limits=self.limits,
         )  # fmt: skip
 

@@ -109,6 +109,7 @@ class StockProcess(DecentralizedAverager):
         self._replies, self._reply = Pipe(duplex=False)
         self._round: asyncio.Task[None] | None = None
         self._number = self._num_serving = 0
+        self._serve_until = 0.0
         self._traffic = Traffic()
 
     # --- in the main process -----------------------------------------------------------------------------------------
@@ -236,6 +237,7 @@ class StockProcess(DecentralizedAverager):
                 traffic=self._traffic,
             )  # fmt: skip
             self._running_groups[group.group_id].set_result(runner)
+            self._serve_until = time.monotonic() + request.limits.round_seconds
             try:
                 async with asyncio.timeout(request.limits.round_seconds):
                     async for tensor, update in azip(as_aiter(*self._averaged_tensors), runner):
@@ -279,7 +281,7 @@ class StockProcess(DecentralizedAverager):
 
     async def _shutdown(self, timeout: float) -> None:
         await self._drop_round()
-        until = time.monotonic() + timeout
+        until = min(time.monotonic() + timeout, self._serve_until)  # later, nobody waits for us any more
         while self._num_serving and time.monotonic() < until:
             await asyncio.sleep(POLL_SECONDS)
         if not self.client_mode:

@@ -28,6 +28,7 @@ from tests.integration.stock_nodes import (
     NUM_ELEMENTS,
     TIMEOUT_SECONDS,
     Attack,
+    FellApartError,
     GradientAverager,
     Nodes,
     bare_round,
@@ -46,7 +47,7 @@ def stock_attacked(nodes: Nodes, attack: Attack) -> list[dict[str, Any]]:
     """Two honest bare peers of 1.0 and 3.0, and one that is not."""
     averagers = [nodes.bare(number, value, averager=GradientAverager) for number, value in enumerate((1.0, 3.0))]
     averagers.append(nodes.bare(2, attack.value, averager=hostile(attack), bandwidth=attack.bandwidth))
-    return bare_round(averagers, [1.0, 1.0, 1.0])[:2]
+    return bare_round(averagers, [1.0, 1.0, 1.0], can_fall_apart=attack.num_elements == 1000)[:2]
 
 
 def stock_eight_bits(nodes: Nodes) -> list[dict[str, Any]]:
@@ -99,7 +100,9 @@ def stock_fragments(nodes: Nodes) -> list[int | None]:
     """Four bare peers end one epoch; two of them some seconds later than the others."""
     averagers = [nodes.bare(number, float(number), averager=GradientAverager) for number in range(4)]
     early = [a.step(wait=False, timeout=TIMEOUT_SECONDS) for a in averagers[:2]]
-    eventually(lambda: all(control.stage == AveragingStage.RUNNING_ALLREDUCE or control.done() for control in early))
+    eventually(
+        lambda: all(control.stage == AveragingStage.RUNNING_ALLREDUCE or control.done() for control in early), 30
+    )
     late = [a.step(wait=False, timeout=TIMEOUT_SECONDS) for a in averagers[2:]]
     found = [seen(a, result_of(c))["group_size"] for a, c in zip(averagers, [*early, *late], strict=True)]
     for averager in averagers:
@@ -126,8 +129,9 @@ def stock_integers(nodes: Nodes) -> list[dict[str, Any]]:
 
 
 def average_all(
-    nodes: Nodes, peers: Sequence[StockAveraging], takes: Sequence[Callable[[], Any]], *, linger: float = 5.0
-) -> list[dict[str, Any]]:
+    nodes: Nodes, peers: Sequence[StockAveraging], takes: Sequence[Callable[[], Any]], *, linger: float = 5.0,
+    num_strangers: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One round of gradients; each peer leaves as soon as it has its result."""
 
     def run(peer: StockAveraging, take: Callable[[], Any]) -> RoundResult:
@@ -136,7 +140,10 @@ def average_all(
         return result
 
     with ThreadPoolExecutor(len(peers)) as threads:
-        return [nodes.told(result) for result in threads.map(run, peers, takes)]
+        found = [nodes.told(result) for result in threads.map(run, peers, takes)]
+    if max(each["size"] for each in found) < len(peers) + num_strangers:
+        raise FellApartError(found)
+    return found
 
 
 def brings(value: float, weight: float = 1.0, *, num_elements: int = NUM_ELEMENTS) -> Callable[[], Any]:
@@ -154,10 +161,11 @@ def ours_attacked(nodes: Nodes, attack: Attack) -> list[dict[str, Any]]:
     peers = nodes.ours(0, 1)
     stranger = nodes.bare(2, attack.value, averager=hostile(attack), bandwidth=attack.bandwidth)
     control = stranger.step(wait=False, timeout=TIMEOUT_SECONDS, weight=1.0)
-    found = average_all(nodes, peers, [brings(1.0), brings(3.0)])
-    result_of(control)
-    stranger.shutdown()
-    return found
+    try:
+        return average_all(nodes, peers, [brings(1.0), brings(3.0)], num_strangers=1)
+    finally:
+        result_of(control)
+        stranger.shutdown()
 
 
 def ours_own_nan(nodes: Nodes) -> list[dict[str, Any]]:
