@@ -4,6 +4,7 @@ Its own process imports torch and hivemind and does nothing with them, so a fork
 """
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +13,8 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+from hivemind.utils.asyncio import _AsyncContextWrapper
+from hivemind.utils.mpfuture import MPFuture
 
 from benchmarks import swarm_ours, swarm_process  # noqa: F401  the slow imports, once for all
 
@@ -36,8 +39,7 @@ def _live(path: Path) -> None:
             os.dup2(nothing.fileno(), 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        random.seed()  # hivemind draws its DHT ids from it: forks of one parent would have equal ones
-        np.random.seed()
+        _be_nobodys_sibling()
         swarm_process.main(path)
         code = 0
     except BaseException:  # noqa: BLE001  a fork must never return into the nursery's loop
@@ -46,6 +48,14 @@ def _live(path: Path) -> None:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os._exit(code)
+
+
+def _be_nobodys_sibling() -> None:
+    """Share nothing with other forks: hivemind makes locks between processes, and random numbers, as it is imported."""
+    MPFuture.reset_backend()  # one peer killed while it holds the lock would stop all others
+    _AsyncContextWrapper.EXECUTOR_LOCK = multiprocessing.Lock()
+    random.seed()  # DHT ids are drawn from it
+    np.random.seed()
 
 
 if __name__ == "__main__":

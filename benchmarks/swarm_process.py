@@ -18,6 +18,7 @@ import torch
 from benchmarks.swarm_cpu import CpuMeter
 from benchmarks.swarm_spec import Journal, ProcessSpec
 from benchmarks.swarm_tasks import Task, digest_of, make_task, parameters_of
+from calm_ray.swarm.hygiene import bind_children_to_parent
 
 if TYPE_CHECKING:
     from benchmarks.swarm_counts import WireCounter
@@ -153,8 +154,9 @@ def _make_stepper(spec: ProcessSpec, task: Task, journal: Journal) -> Stepper:
 
 
 def main(path: Path) -> None:
-    # Whoever started us is gone: so are we. A benchmark that was killed must leave nothing behind.
+    # Whoever started us is gone: so are we, and what hivemind forks. A killed benchmark must leave nothing behind.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    bind_children_to_parent()
     faulthandler.register(signal.SIGUSR1)  # where do you hang? Every thread's stack, into the log
     peer = Peer(ProcessSpec.model_validate_json(path.read_bytes()))
     try:
