@@ -39,6 +39,8 @@ from calm_ray.swarm.verdict import Outcome, RoundResult
 Take = Callable[[], tuple[torch.Tensor, float] | None]
 """Called when the group stands: (flat fp32 vector, its weight), or None to only receive."""
 
+ANSWER_SECONDS = 1.0
+"""For a process that has run out of time to say how far it came."""
 STATE_WEIGHT = 1.0
 """Of everybody's parameters: bare peers send no other."""
 
@@ -126,7 +128,7 @@ class StockAveraging:
         reserve = min(self.limits.round_seconds, timeout_seconds / 2)
         return RoundRequest(
             number=number, epoch=epoch, search_until=started + timeout_seconds - reserve,
-            deadline=started + timeout_seconds, limits=self.limits,
+            deadline=started + timeout_seconds - min(ANSWER_SECONDS, timeout_seconds / 10), limits=self.limits,
         )  # fmt: skip
 
     def _load(self, kind: Kind, contribution: tuple[torch.Tensor, float] | None) -> tuple[float, str]:

@@ -178,7 +178,8 @@ class StockProcess(DecentralizedAverager):
             else:
                 self._reply.send((request.number, Standing(group_size=group.group_size)))
                 async with asyncio.timeout(request.deadline - time.monotonic()):
-                    verdict = await self._all_reduce(group, request)
+                    weight, is_reader = await self._contribution
+                verdict = await self._all_reduce(group, request, weight=weight, is_reader=is_reader)
         except TimeoutError:
             verdict = Verdict(outcome="timeout", detail="our own tensors came too late")
         except Exception as exc:
@@ -216,8 +217,7 @@ class StockProcess(DecentralizedAverager):
             return Verdict(outcome="alone", detail="nobody else was looking for a group")
         return Verdict(outcome="timeout", detail=f"{len(others)} others were looking, but no group came about")
 
-    async def _all_reduce(self, group: GroupInfo, request: RoundRequest) -> Verdict:
-        weight, is_reader = await self._contribution
+    async def _all_reduce(self, group: GroupInfo, request: RoundRequest, *, weight: float, is_reader: bool) -> Verdict:
         bandwidths, modes, told = zip(*map(self.serializer.loads, group.gathered), strict=True)
         with self._register_allreduce_group(group), self._released(group.group_id):
             # Stock's function: everyone must come to the same split, bare peers too.
@@ -237,13 +237,14 @@ class StockProcess(DecentralizedAverager):
                 traffic=self._traffic,
             )  # fmt: skip
             self._running_groups[group.group_id].set_result(runner)
-            self._serve_until = time.monotonic() + request.limits.round_seconds
+            seconds = max(0.0, min(request.limits.round_seconds, request.deadline - time.monotonic()))
+            self._serve_until = time.monotonic() + seconds
             try:
-                async with asyncio.timeout(request.limits.round_seconds):
+                async with asyncio.timeout(seconds):
                     async for tensor, update in azip(as_aiter(*self._averaged_tensors), runner):
                         tensor.add_(update)
             except TimeoutError:
-                detail = f"all-reduce not done within {request.limits.round_seconds:g} s"
+                detail = f"all-reduce not done within {seconds:.1f} s"
                 return Verdict(outcome="timeout", detail=detail, group_size=group.group_size, report=runner.report())
         report = runner.report()
         outcome, detail = report.judge()
