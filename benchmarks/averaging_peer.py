@@ -94,7 +94,7 @@ class Host:
         self.noise = noise.repeat(-(-spec.num_elements // TILE_ELEMENTS))[: spec.num_elements]
         # As a trainer's: a vector that is there already when the group is formed, and parameters to apply to.
         self.vector = self.noise * (1 + spec.number) if spec.is_sender else None
-        self.applied = torch.zeros(spec.num_elements)
+        self.applied = torch.ones(spec.num_elements)
 
     async def run(self) -> None:
         spec = self.spec

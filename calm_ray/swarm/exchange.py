@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Stream, Traff
 from calm_ray.swarm.exchange_messages import BadMessage, Opening, PartsRequest, decode
 from calm_ray.swarm.exchange_reduce import refuse
 from calm_ray.swarm.exchange_repair import Kept, ask_for_parts, hand_out_parts, new_collection, receive_parts
-from calm_ray.swarm.exchange_round import Protocols, Round, check_contribution, digest_of
+from calm_ray.swarm.exchange_round import Protocols, Round, check_contribution
 from calm_ray.swarm.group import Group, Kind
 from calm_ray.swarm.limits import RoundLimits
 from calm_ray.swarm.part_codecs import CODECS, BadPart, Vector
@@ -60,6 +61,7 @@ class Exchange:
         self._carried: dict[Kind, Vector] = {}
         self._traffic: dict[Kind, Traffic] = {kind: Traffic() for kind in num_elements}
         self._handlers: set[asyncio.Task[None]] = set()
+        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
 
     async def serve(self, p2p: P2P, *, namespace: str, is_reachable: bool = True) -> None:
         """Use a libp2p daemon; unless nobody can call this peer, answer others: reduce, and hand out averages."""
@@ -101,6 +103,7 @@ class Exchange:
             num_elements=num_elements,
             carried=self._carried.get(group.kind),
             traffic=self._traffic[group.kind],
+            hashing=self._hashing,
         )
         self._begin(round_)
         try:
@@ -131,7 +134,7 @@ class Exchange:
         does not match its digest; whether the digest is the swarm's is for the caller to ask others.
         """
         assert self._p2p is not None, "serve first"
-        request = PartsRequest(group_id="", kind=kind, epoch=epoch, first=0, last=-1)
+        request = PartsRequest(group_id="", kind=kind, epoch=epoch)
         traffic = self._traffic[kind]
         try:
             async with (
@@ -143,12 +146,12 @@ class Exchange:
             ):
                 if not header.is_known:
                     raise StateUnavailable(f"{peer_id} does not hold the average of epoch {epoch}")
-                collection = new_collection(header, num_elements=self._num_elements[kind])
+                collection = new_collection(header, num_elements=self._num_elements[kind], hashing=self._hashing)
                 await receive_parts(stream, collection, range(collection.layout.num_parts), limits=limits)
         except (*PEER_FAULTS, BadPart) as exc:
             raise StateUnavailable(f"{peer_id} did not hand over the average of epoch {epoch}: {exc!r}") from exc
-        digest = await asyncio.to_thread(digest_of, collection.average)
-        if collection.num_missing or digest != header.digest:
+        digest = "" if collection.num_missing else await collection.digest()
+        if digest != header.digest or not digest:
             raise StateUnavailable(f"{peer_id} handed over another average of epoch {epoch} than it announced")
         self._kept[kind] = Kept(group_id="", epoch=epoch, collection=collection, digest=digest)
         return torch.from_numpy(collection.average.copy()), digest
@@ -168,6 +171,7 @@ class Exchange:
         for task in self._handlers:
             task.cancel()
         await asyncio.gather(*self._handlers, return_exceptions=True)
+        self._hashing.shutdown(wait=False, cancel_futures=True)
 
     def _foregone(self, group: Group) -> RoundResult | None:
         """The result of a round that need not begin."""
@@ -211,8 +215,8 @@ class Exchange:
             if desk.reduction.residual is not None:
                 if kind not in self._carried:
                     self._carried[kind] = np.zeros(self._num_elements[kind], dtype=np.float32)
-                start, stop = round_.layout.extent(number)
-                self._carried[kind][start:stop] = desk.reduction.residual
+                for part, left_out in zip(round_.layout.parts_of(number), desk.reduction.residual, strict=True):
+                    self._carried[kind][slice(*round_.layout.span(part))] = left_out
 
     async def _on_exchange(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = Stream(reader, writer, Traffic())

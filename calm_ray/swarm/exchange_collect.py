@@ -5,7 +5,9 @@ dies: see exchange_repair.
 """
 
 import asyncio
+import hashlib
 import logging
+from concurrent.futures import Executor
 
 import numpy as np
 from hivemind.p2p import P2P
@@ -18,6 +20,8 @@ from calm_ray.swarm.parts import Layout
 
 logger = logging.getLogger(__name__)
 
+PARTS_PER_HASHING = 32
+"""About a megabyte of values in half a millisecond, so that it costs little to ask for it."""
 OPEN_ATTEMPTS = 2
 """A connection that has just been cut is opened anew at the second attempt."""
 
@@ -25,13 +29,16 @@ OPEN_ATTEMPTS = 2
 class Collection:
     """Averages as they come in: the vector, shape (num_elements,), and every part as it was encoded."""
 
-    def __init__(self, layout: Layout, codec: PartCodec) -> None:
-        self.layout, self.codec = layout, codec
+    def __init__(self, layout: Layout, codec: PartCodec, *, hashing: Executor) -> None:
+        """`hashing`: does one thing after the other."""
+        self.layout, self.codec, self._hashing = layout, codec, hashing
         self.average: Vector = np.empty(layout.num_elements, dtype=np.float32)
         self.encoded: list[bytes | None] = [None] * layout.num_parts
         self.num_missing = layout.num_parts
         self.live_slices: set[int] = set()
         """Those whose reducer may still hand out parts to us itself."""
+        self._hash = hashlib.sha256()
+        self._num_in_order = self._num_hashed = 0
 
     def max_bytes(self) -> int:
         return self.codec.encoded_bytes(self.layout.part_elements)
@@ -42,20 +49,38 @@ class Collection:
         self.keep(part, payload, self.codec.decode(payload, stop - start))
 
     def keep(self, part: int, payload: bytes, decoded: Vector) -> None:
+        """The first one counts: it may have been hashed."""
+        if self.encoded[part] is not None:
+            return
         start, stop = self.layout.span(part)
         self.average[start:stop] = decoded
-        if self.encoded[part] is None:
-            self.encoded[part] = payload
-            self.num_missing -= 1
+        self.encoded[part] = payload
+        self.num_missing -= 1
+        while self._num_in_order < len(self.encoded) and self.encoded[self._num_in_order] is not None:
+            self._num_in_order += 1
+        if self._num_in_order - self._num_hashed >= PARTS_PER_HASHING:
+            self._hash_on()
 
-    def missing(self, number: int) -> range:
-        """From the first part that is missing of a slice to its end; parts come in order."""
-        parts = self.layout.parts_of(number)
-        return range(next((part for part in parts if self.encoded[part] is None), parts.stop), parts.stop)
+    async def digest(self) -> str:
+        """SHA-256, in hex, of the average as little-endian fp32. Most of it was hashed while the rest came."""
+        assert not self.num_missing
+        self._hash_on()
+        return await asyncio.get_running_loop().run_in_executor(self._hashing, self._hash.hexdigest)
+
+    def missing(self, number: int) -> list[int]:
+        """Parts of a slice that are not there."""
+        return [part for part in self.layout.parts_of(number) if self.encoded[part] is None]
 
     def missing_fraction(self) -> float:
         spans = (self.layout.span(part) for part, payload in enumerate(self.encoded) if payload is None)
         return sum(stop - start for start, stop in spans) / max(1, self.layout.num_elements)
+
+    def _hash_on(self) -> None:
+        """Hash what has come in order, in the other thread; it lets go of the interpreter while it does."""
+        if self._num_in_order > self._num_hashed:
+            start, stop = self.layout.span(self._num_hashed)[0], self.layout.span(self._num_in_order - 1)[1]
+            self._num_hashed = self._num_in_order
+            self._hashing.submit(self._hash.update, self.average[start:stop].astype("<f4", copy=False).data)
 
 
 class Courier:
@@ -161,7 +186,7 @@ class Courier:
     def _forget_residual(self) -> None:
         """What was not counted was lost whole: there is nothing left to make up for."""
         assert self.ban is not None
-        parts = self._collection.layout.parts_of(self.number)
-        if self._residual is not None and self.ban.counted < len(parts):
-            start, _ = self._collection.layout.span(parts[self.ban.counted])
-            self._residual[start : self._collection.layout.extent(self.number)[1]] = 0
+        if self._residual is not None:
+            for part in self._collection.layout.parts_of(self.number)[self.ban.counted :]:
+                start, stop = self._collection.layout.span(part)
+                self._residual[start:stop] = 0

@@ -78,13 +78,14 @@ class Ban(Message):
 
 
 class PartsRequest(Message):
-    """Averaged parts from `first` to before `last`; -1 for all. No group id: of whatever the peer stepped with."""
+    """Averaged parts, please: of one slice of a group's round, or all that you stepped with (no group id)."""
 
     group_id: GroupId
     kind: Kind
     epoch: int
-    first: int = Field(ge=0)
-    last: int = Field(ge=-1)
+    slice: int = Field(default=0, ge=0)
+    skip: int = Field(default=0, ge=0)
+    """Parts of the slice that are there already; as far as they came from their reducer, they are the first ones."""
 
 
 class PartsHeader(Message):
@@ -94,6 +95,6 @@ class PartsHeader(Message):
     may_come: bool = False
     """Whether it still expects parts that it does not have, from their reducer itself."""
     codec: str = Field(default="", max_length=16)
-    bounds: list[int] = Field(default_factory=list, max_length=4096)
+    num_elements: int = 0
     digest: str = Field(default="", max_length=64)
     """Empty while the average is not whole."""

@@ -7,7 +7,8 @@ split the swarm. Only if nobody has a part is the round partial.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Container, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from struct import Struct
 
@@ -44,20 +45,20 @@ async def hand_out_parts(stream: Stream, request: PartsRequest, kept: Kept | Non
         await stream.until_hangup()
         return
     collection = kept.collection
-    layout = collection.layout
-    last = layout.num_parts if request.last < 0 else min(request.last, layout.num_parts)
-    wanted = range(min(request.first, last), last)
-    lacking = {layout.slice_with(part) for part in wanted if collection.encoded[part] is None}
+    parts: Sequence[int] = range(collection.layout.num_parts)
+    if request.group_id:
+        is_slice = request.slice in collection.layout.slices
+        parts = collection.layout.parts_of(request.slice)[request.skip :] if is_slice else ()
     header = PartsHeader(
         is_known=True,
-        may_come=bool(lacking & collection.live_slices),
+        may_come=request.slice in collection.live_slices,
         codec=collection.codec.name,
-        bounds=list(layout.bounds),
+        num_elements=collection.layout.num_elements,
         digest=kept.digest,
     )
     await stream.send(FrameKind.PARTS_HEADER, header.encode())
     listening = asyncio.create_task(stream.until_hangup())
-    sending = asyncio.create_task(_send_parts(stream, collection, wanted))
+    sending = asyncio.create_task(_send_parts(stream, collection, parts))
     try:
         await asyncio.wait((listening, sending), return_when=asyncio.FIRST_COMPLETED)
         await listening
@@ -67,8 +68,8 @@ async def hand_out_parts(stream: Stream, request: PartsRequest, kept: Kept | Non
         await asyncio.gather(listening, sending, return_exceptions=True)
 
 
-async def _send_parts(stream: Stream, collection: Collection, wanted: range) -> None:
-    for part in wanted:
+async def _send_parts(stream: Stream, collection: Collection, parts: Sequence[int]) -> None:
+    for part in parts:
         payload = collection.encoded[part]
         if payload is not None:
             await stream.send(FrameKind.PART, NUMBER.pack(part) + payload)
@@ -87,7 +88,7 @@ async def ask_for_parts(
         yield decode(PartsHeader, payload), stream
 
 
-async def receive_parts(stream: Stream, collection: Collection, wanted: range, *, limits: RoundLimits) -> None:
+async def receive_parts(stream: Stream, collection: Collection, wanted: Container[int], *, limits: RoundLimits) -> None:
     """Store what a peer hands out; BadPart or one of PEER_FAULTS if that is not what was asked for."""
     max_bytes = NUMBER.size + collection.max_bytes()
     loop = asyncio.get_running_loop()
@@ -105,18 +106,15 @@ async def receive_parts(stream: Stream, collection: Collection, wanted: range, *
             collection.store(part, payload[NUMBER.size :])
 
 
-def new_collection(header: PartsHeader, *, num_elements: int) -> Collection:
+def new_collection(header: PartsHeader, *, num_elements: int, hashing: Executor) -> Collection:
     """An empty collection for what `header` announces; BadMessage if that cannot be an average of our vector."""
     codec = CODECS.get(header.codec)
     if codec is None:
         raise BadMessage(f"codec {header.codec!r}")
-    try:
-        layout = Layout(bounds=tuple(header.bounds), part_elements=codec.part_elements)
-    except ValueError as exc:
-        raise BadMessage(str(exc)) from exc
-    if layout.num_elements != num_elements:
-        raise BadMessage(f"{layout.num_elements} elements, expected {num_elements}")
-    return Collection(layout, codec)
+    if header.num_elements != num_elements:
+        raise BadMessage(f"{header.num_elements} elements, expected {num_elements}")
+    layout = Layout(num_elements=num_elements, part_elements=codec.part_elements)
+    return Collection(layout, codec, hashing=hashing)
 
 
 class Repair:
@@ -126,30 +124,30 @@ class Repair:
         self, p2p: P2P, *, protocol: str, request: PartsRequest, peers: Sequence[str], collection: Collection,
         limits: RoundLimits, traffic: Traffic,
     ) -> None:  # fmt: skip
-        """`request` names the round; its range is filled in here."""
+        """`request` names the round; the slice is filled in here."""
         self._p2p, self._protocol, self._request, self._peers = p2p, protocol, request, list(peers)
         self._collection, self._limits, self._traffic = collection, limits, traffic
 
     async def run(self, number: int) -> None:
         """Fill in a slice as far as anybody can. Does not raise for what peers do."""
         is_hopeless = 0
-        while (missing := self._collection.missing(number)) and is_hopeless < 2:
-            hopes = [await self._ask(peer, missing) for peer in self._peers if self._collection.missing(number)]
+        while self._collection.missing(number) and is_hopeless < 2:
+            hopes = [await self._ask(peer, number) for peer in self._peers if self._collection.missing(number)]
             is_hopeless = 0 if any(hopes) else is_hopeless + 1
             if self._collection.missing(number):
                 await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _ask(self, peer: str, missing: range) -> bool:
+    async def _ask(self, peer: str, number: int) -> bool:
         """Whether that peer had something, or may have it later."""
-        before = self._collection.num_missing
-        request = self._request.model_copy(update={"first": missing.start, "last": missing.stop})
+        before, parts = self._collection.num_missing, self._collection.layout.parts_of(number)
+        skip = parts.index(self._collection.missing(number)[0])
+        request = self._request.model_copy(update={"slice": number, "skip": skip})
         try:
             async with ask_for_parts(
                 self._p2p, peer, self._protocol, request, limits=self._limits, traffic=self._traffic
             ) as (header, stream):
-                is_ours = header.codec == self._collection.codec.name
-                if header.is_known and is_ours and tuple(header.bounds) == self._collection.layout.bounds:
-                    await receive_parts(stream, self._collection, missing, limits=self._limits)
+                if header.is_known and header.codec == self._collection.codec.name:
+                    await receive_parts(stream, self._collection, parts[skip:], limits=self._limits)
                     return header.may_come or self._collection.num_missing < before
         except (*PEER_FAULTS, BadPart) as exc:
             logger.info("repair_failed peer=%s epoch=%d reason=%s", peer, request.epoch, type(exc).__name__)

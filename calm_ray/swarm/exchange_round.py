@@ -1,10 +1,10 @@
 """One round of one member, from the group's beginning to the verdict."""
 
 import asyncio
-import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,8 @@ class Round:
     carried: Vector | None
     """What our reductions still owe the average, times its weight, shape (num_elements,)."""
     traffic: Traffic
+    hashing: Executor
+    """A single thread."""
     handlers: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def start(self) -> None:
@@ -84,7 +86,7 @@ class Round:
             num_elements=self.num_elements,
             part_elements=self.codec.part_elements,
         )
-        self.collection = Collection(self.layout, self.codec)
+        self.collection = Collection(self.layout, self.codec, hashing=self.hashing)
         self.residual = (
             np.zeros(self.num_elements, dtype=np.float32)
             if self.codec.is_biased and self.contribution.vector is not None
@@ -158,21 +160,19 @@ class Round:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _desk(self, number: int) -> ReducerDesk:
-        start, stop = self.layout.extent(number)
         parts = self.layout.parts_of(number)
-        spans = [self.layout.span(part) for part in parts]
         own, members = self.contribution.vector, self.group.members
         is_sender = members[self.place].is_sender and own is not None
         senders = {member.peer_id for member in members if member.is_sender} - {self.own_id}
         reduction = Reduction(
-            spans=[(a - start, b - start) for a, b in spans],
+            lengths=[len(range(*self.layout.span(part))) for part in parts],
             senders=senders | {self.own_id} if is_sender else senders,
             codec=self.codec,
             max_weight=self.max_weight,
-            carried=self.carried[start:stop] if self.carried is not None else None,
+            carried=self._views(self.carried, parts) if self.carried is not None else None,
         )
         if is_sender and own is not None:
-            reduction.contribute(self.own_id, own[start:stop], self.contribution.weight)
+            reduction.contribute(self.own_id, self._views(own, parts), self.contribution.weight)
         return ReducerDesk(
             self.group,
             reduction,
@@ -180,6 +180,9 @@ class Round:
             on_part=lambda index, payload, decoded: self.collection.keep(parts[index], payload, decoded),
             on_ban=self._ban,
         )
+
+    def _views(self, vector: Vector, parts: Sequence[int]) -> list[Vector]:
+        return [vector[slice(*self.layout.span(part))] for part in parts]
 
     def _ban(self, peer: str, reason: str) -> None:
         for desk in self.desks.values():
@@ -210,9 +213,7 @@ class Round:
             repair = Repair(
                 self.p2p,
                 protocol=self.protocols.parts,
-                request=PartsRequest(
-                    group_id=self.group.group_id.hex(), kind=self.group.kind, epoch=self.group.epoch, first=0, last=-1
-                ),
+                request=PartsRequest(group_id=self.group.group_id.hex(), kind=self.group.kind, epoch=self.group.epoch),
                 peers=self._likely_holders(),
                 collection=self.collection,
                 limits=self.group.limits,
@@ -230,7 +231,7 @@ class Round:
         average, digest = None, ""
         if outcome == "averaged":
             average = self.collection.average
-            digest = await asyncio.to_thread(digest_of, average)
+            digest = await self.collection.digest()
         weights, banned = self._witnessed()
         return RoundResult(
             outcome=outcome,
@@ -273,8 +274,3 @@ class Round:
         told = [reduction.weights() for reduction in ours] or [ending.weights for ending in endings]
         common = set.intersection(*(set(weights) for weights in told)) if told else set()
         return {peer: min(weights[peer] for weights in told) for peer in sorted(common)}, banned
-
-
-def digest_of(average: Vector) -> str:
-    """SHA-256 of a vector as little-endian fp32, in hex. Releases the GIL."""
-    return hashlib.sha256(average.astype("<f4", copy=False).data).hexdigest()

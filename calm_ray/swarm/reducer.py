@@ -1,7 +1,7 @@
 """What a reducer does with its slice: check contributions, add them up, divide, and encode the average once.
 
-Senders are not coupled: each brings its parts in order at its own pace into one fp32 accumulator as long as the slice,
-and a part is finished when every sender who is still trusted has brought it. A sender who breaks the rules, or is too
+Senders are not coupled: each brings its parts in order at its own pace, they are added up in fp32, and a part is
+finished when every sender who is still trusted has brought it. A sender who breaks the rules, or is too
 slow, is banned for the round: what it brought before that was checked, and stays; later parts are averaged without it,
 over the weight that did come. All members get the reducer's own encoded average, so they cannot differ.
 
@@ -27,35 +27,33 @@ class ReductionFailed(Exception):
 
 
 class Reduction:
-    """One slice in one round. `spans` are its parts' first and after-last elements, counted from the slice's start."""
+    """One slice in one round. A slice is a list of parts; `lengths` are their numbers of elements."""
 
     def __init__(
         self,
         *,
-        spans: Sequence[tuple[int, int]],
+        lengths: Sequence[int],
         senders: Collection[str],
         codec: PartCodec,
         max_weight: float,
-        carried: Vector | None = None,
+        carried: Sequence[Vector] | None = None,
     ) -> None:
-        """`carried`: what encoding left out of this slice's earlier averages, times their weight; shape (slice,)."""
-        self._spans, self._codec, self._max_weight, self._carried = spans, codec, max_weight, carried
-        num_elements = spans[-1][1] if spans else 0
-        self._sums = np.empty(num_elements, dtype=np.float32)
-        self._own: Vector | None = None
+        """`carried`: what encoding left out of the earlier averages of these parts, times their weight."""
+        self._lengths, self._codec, self._max_weight, self._carried = lengths, codec, max_weight, carried
+        self._sums: dict[int, Vector] = {}
+        self._own: Sequence[Vector] | None = None
         self._own_weight = 0.0
-        self._num_touched = 0
         self._delivered = dict.fromkeys(senders, 0)
         self._weights: dict[str, float] = {}
         self.banned: dict[str, str] = {}
-        self.residual = np.zeros(num_elements, dtype=np.float32) if codec.is_biased else None
-        """What encoding left out of this round's averages, times their weight: the next round's `carried`."""
+        self.residual: list[Vector] | None = [] if codec.is_biased else None
+        """What encoding left out of each finished average, times its weight: the next round's `carried`."""
         self.finished: list[bytes] = []
         """Encoded averages, in order."""
 
     @property
     def num_parts(self) -> int:
-        return len(self._spans)
+        return len(self._lengths)
 
     @property
     def is_complete(self) -> bool:
@@ -66,10 +64,10 @@ class Reduction:
         """Contributions that every part needs: half of the promised ones, rounded up."""
         return max(1, -(-len(self._delivered) // 2))
 
-    def contribute(self, peer: str, values: Vector, weight: float) -> None:
-        """The reducer's own slice, as it is; added when its parts are first touched."""
-        assert values.shape == self._sums.shape
-        self._own, self._own_weight = values, weight
+    def contribute(self, peer: str, parts: Sequence[Vector], weight: float) -> None:
+        """The reducer's own parts, as they are; each is added when it is first touched."""
+        assert [len(part) for part in parts] == list(self._lengths)
+        self._own, self._own_weight = parts, weight
         self._weights[peer], self._delivered[peer] = weight, self.num_parts
 
     def admit(self, peer: str, weight: float) -> str:
@@ -93,13 +91,12 @@ class Reduction:
         try:
             if part >= self.num_parts:
                 raise BadPart("more parts than the slice has")
-            start, stop = self._spans[part]
-            values = self._codec.decode(payload, stop - start)
+            values = self._codec.decode(payload, self._lengths[part])
         except BadPart as exc:
             self.ban(peer, f"part {part}: {exc}")
             raise
-        self._touch(part)
-        self._sums[start:stop] += values * np.float32(self._weights[peer])
+        sums = self._sums_of(part)
+        sums += values * np.float32(self._weights[peer])
         self._delivered[peer] = part + 1
 
     def ban(self, peer: str, reason: str) -> None:
@@ -137,17 +134,16 @@ class Reduction:
             raise ReductionFailed(
                 "partial", f"{len(contributors)} of {len(self._delivered)} senders counted ({causes})"
             )
-        self._touch(part)
-        start, stop = self._spans[part]
         weight = np.float32(math.fsum(self._weights[peer] for peer in contributors))
-        average = self._sums[start:stop] / weight
+        average = self._sums_of(part) / weight
+        del self._sums[part]
         payload = self._codec.encode(average)
         try:
-            decoded = self._codec.decode(payload, stop - start)
+            decoded = self._codec.decode(payload, self._lengths[part])
         except BadPart as exc:
             raise ReductionFailed("non_finite", f"average of part {part}: {exc}") from exc
         if self.residual is not None:
-            self.residual[start:stop] = (average - decoded) * weight
+            self.residual.append((average - decoded) * weight)
         self.finished.append(payload)
         return decoded
 
@@ -155,17 +151,13 @@ class Reduction:
         """Weight of every sender whose whole contribution to this slice counts."""
         return {peer: weight for peer, weight in self._weights.items() if self.has_all_of(peer)}
 
-    def _touch(self, part: int) -> None:
-        """Begin a part's sum with our own share, when the first contribution needs it: no pass over the whole slice."""
-        if part < self._num_touched:
-            return
-        assert part == self._num_touched, "every sender brings its parts in order"
-        self._num_touched += 1
-        start, stop = self._spans[part]
-        sums = self._sums[start:stop]
-        if self._own is not None:
-            np.multiply(self._own[start:stop], np.float32(self._own_weight), out=sums)
-        else:
-            sums.fill(0)
-        if self._carried is not None:
-            sums += self._carried[start:stop]
+    def _sums_of(self, part: int) -> Vector:
+        """A part's sum so far; it begins with our own share, when the first contribution needs it."""
+        if part not in self._sums:
+            sums = np.zeros(self._lengths[part], dtype=np.float32)
+            if self._own is not None:
+                np.multiply(self._own[part], np.float32(self._own_weight), out=sums)
+            if self._carried is not None:
+                sums += self._carried[part]
+            self._sums[part] = sums
+        return self._sums[part]

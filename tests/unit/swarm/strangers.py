@@ -61,8 +61,12 @@ def opening_of(group: Group, **changes: Any) -> bytes:
 
 def parts_for(reducer: int) -> list[bytes]:
     """The stranger's honest parts for one of two reducers with half of the vector each."""
-    parts = VECTORS[2].numpy().reshape(2, 4, PART)[reducer]
-    return [part.tobytes() for part in parts]
+    return [part.numpy().tobytes() for part in by_slice(VECTORS[2])[reducer]]
+
+
+def by_slice(vector: torch.Tensor) -> torch.Tensor:
+    """(NUM_ELEMENTS,) as (2 slices, 4 parts, PART): two reducers with equal fractions get every other part."""
+    return vector.reshape(4, 2, PART).transpose(0, 1)
 
 
 async def speak(stranger: Peer, reducer: Peer, *, opening: bytes, frames: Frames = (), raw: bytes = b"") -> Answer:

@@ -194,7 +194,7 @@ def test_exchange_that_is_cancelled_leaves_nothing_and_the_others_learn_of_it(ne
             results = await others
             await eventually(lambda: asyncio.all_tasks() == before)
             assert [result.outcome for result in results] == ["partial"] * 2
-            assert results[0].missing_fraction == pytest.approx(0.4, abs=0.01)
+            assert results[0].missing_fraction == pytest.approx(0.4, abs=0.03)
             assert max(result.seconds for result in results) < limits.round_seconds / 2
 
     net.run(test())

@@ -27,6 +27,7 @@ from tests.unit.swarm.strangers import (
     VECTORS,
     WEIGHTS,
     assert_same,
+    by_slice,
     listen,
     parts_for,
 )
@@ -56,7 +57,7 @@ def test_round_whose_reducer_never_comes_is_partial_in_time(net: Loopback) -> No
             group = group_of(members, fractions=[0.3, 0.3, 0.4], senders=[0, 1], limits=STRICT)
             results = await run_all(members[:2], group, vectors=VECTORS[:2], weights=WEIGHTS[:2])
             assert [result.outcome for result in results] == ["partial"] * 2
-            assert results[0].missing_fraction == pytest.approx(0.4, abs=0.01)
+            assert results[0].missing_fraction == pytest.approx(0.4, abs=0.03)
             assert max(result.seconds for result in results) < STRICT.round_seconds
 
     net.run(test())
@@ -89,7 +90,7 @@ def test_round_whose_reducer_dies_is_repaired_if_anyone_has_its_parts(
             await members[2].p2p.remove_binary_stream_handler(protocol)
             if is_repaired:
                 average = assert_same(results)
-                assert average[4 * PART :].numpy().tobytes() == b"".join(parts_for(1))
+                assert by_slice(average)[1].contiguous().numpy().tobytes() == b"".join(parts_for(1))
             else:
                 assert [result.outcome for result in results] == ["partial"] * 2
             assert max(result.seconds for result in results) < STRICT.round_seconds / 2

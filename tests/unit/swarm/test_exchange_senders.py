@@ -18,7 +18,6 @@ from tests.unit.swarm.loopback import (
     group_of,
     loopback,
     run_all,
-    weighted_mean,
 )
 from tests.unit.swarm.strangers import (
     EVERYONE,
@@ -30,6 +29,7 @@ from tests.unit.swarm.strangers import (
     WEIGHTS,
     altered,
     assert_same,
+    by_slice,
     frames_of,
     listen,
     opening_of,
@@ -79,11 +79,11 @@ BROKEN_FRAMES = {
 
 def expect_first_part_only(results: Sequence[RoundResult], name: str, reason: str) -> torch.Tensor:
     """The stranger's first part of each slice is in the average, its others are not; its ban is told everywhere."""
-    average = assert_same(results).reshape(2, 4, PART)
+    average = by_slice(assert_same(results))
     assert max(result.seconds for result in results) < STRICT.chunk_seconds
-    mixed = weighted_mean([*VECTORS[:2], VECTORS[2].reshape(2, 4, PART)[[0, 0]].flatten()], WEIGHTS).reshape(2, 4, PART)
-    expected = HONEST.reshape(2, 4, PART).clone()
-    expected[:, 0] = mixed[:, 0]
+    expected = by_slice(HONEST).clone()
+    for slice_, honest in zip(expected, by_slice(VECTORS[0] + 2 * VECTORS[1]), strict=True):
+        slice_[0] = (honest[0] + WEIGHTS[2] * by_slice(VECTORS[2])[0, 0]) / sum(WEIGHTS)
     assert (average - expected).abs().max() < 1e-5
     for result in results:
         assert reason in result.banned[name] and name not in result.weights
@@ -98,7 +98,7 @@ def test_sender_of_a_bad_part_is_banned_at_once_and_reads_on(net: Loopback, what
     average = expect_first_part_only(results, name, reason)
     for answer in answers:
         assert len(answer.averages()) == 4 and FrameKind.BAN in answer.kinds and answer.kinds[-1] == FrameKind.ENDING
-    assert b"".join(answers[0].averages() + answers[1].averages()) == average.numpy().tobytes()
+    assert b"".join(answers[0].averages() + answers[1].averages()) == average.contiguous().numpy().tobytes()
 
 
 @pytest.mark.parametrize("what", BROKEN_FRAMES)
@@ -223,13 +223,13 @@ def test_second_stream_of_a_member_is_refused(net: Loopback) -> None:
 def test_sender_that_falls_silent_is_banned_after_its_time_and_reads_on(net: Loopback) -> None:
     frames = [frames_of(*parts_for(r)[:2]) for r in range(2)]
     results, answers, name = net.run(two_beside(net, openings={}, frames=frames))
-    average = assert_same(results).reshape(2, 4, PART)
-    assert (average[:, :2] - EVERYONE.reshape(2, 4, PART)[:, :2]).abs().max() < 1e-5
-    assert (average[:, 2:] - HONEST.reshape(2, 4, PART)[:, 2:]).abs().max() < 1e-5
+    average = by_slice(assert_same(results))
+    assert (average[:, :2] - by_slice(EVERYONE)[:, :2]).abs().max() < 1e-5
+    assert (average[:, 2:] - by_slice(HONEST)[:, 2:]).abs().max() < 1e-5
     assert all("silent" in result.banned[name] and result.total_weight == 3.0 for result in results)
     seconds = max(result.seconds for result in results)
     assert STRICT.chunk_seconds <= seconds < 2.5 * STRICT.chunk_seconds
-    assert b"".join(answers[0].averages() + answers[1].averages()) == average.numpy().tobytes()
+    assert b"".join(answers[0].averages() + answers[1].averages()) == average.contiguous().numpy().tobytes()
 
 
 def test_sender_that_is_too_slow_for_the_round_is_banned_before_its_end(net: Loopback) -> None:
@@ -241,8 +241,8 @@ def test_sender_that_is_too_slow_for_the_round_is_banned_before_its_end(net: Loo
         async with open_stream(stranger.p2p, reducer.name, protocol, timeout_seconds=10.0, traffic=Traffic()) as stream:
             await stream.send(FrameKind.OPENING, opening_of(group))
             listening = asyncio.create_task(listen(stream))
-            for part in parts_for(0) + parts_for(1):
-                await stream.send(FrameKind.PART, part)
+            for part in VECTORS[2].reshape(8, PART):
+                await stream.send(FrameKind.PART, part.numpy().tobytes())
                 await asyncio.sleep(1.2)  # sleep: it is slow
             await listening
 
