@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from calm_ray.errors import StateUnavailable
+from calm_ray.errors import StateUnavailable, SwarmUnreachable
 from calm_ray.swarm.group import Kind
 from calm_ray.swarm.limits import round_limits
 from calm_ray.swarm.node import Swarm
@@ -86,6 +86,8 @@ class StockWire:
         return bool(self._tracker.records.keys() - {self._swarm.peer_id})
 
     def average(self, kind: Kind, epoch: int, take: Take) -> RoundResult:
+        if not self._stock.is_alive():
+            raise SwarmUnreachable("an averaging process has ended")  # again and again, until our watchdog restarts us
         timeout = 2 * self._limits.matchmaking_seconds + self._limits.round_seconds
         return self._stock.average(kind, epoch, take, timeout_seconds=timeout)
 
