@@ -49,6 +49,8 @@ class Gathering:
     def __init__(self) -> None:
         self.tickets: dict[str, Ticket] = {}
         self.opened_at = time.monotonic()
+        self.quorum_at: float | None = None
+        """When most of those expected were there. Kept while the leader looks whether a better one has come up."""
         self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self.called: set[str] = set()
         self.unreachable: set[str] = set()

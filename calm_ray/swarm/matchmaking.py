@@ -48,6 +48,8 @@ SUSPECT_SECONDS = 30.0
 HANG_UP_SECONDS = 10.0
 ANSWER_SECONDS = 300.0
 """A follower is kept for so long at most, more than any search for a group lasts."""
+TELL_SECONDS = 0.5
+"""How soon followers hear that we have stepped without them."""
 MAX_HOPS = 4
 MAX_FAILED_ROUNDS = 2
 """In a row under one leader; then another one leads. Its groups may not exist."""
@@ -101,19 +103,31 @@ class Matchmaker(ServicerBase):
         try:
             self._on_knock(key)
             yield _message("accepted")
-            async with asyncio.timeout(ANSWER_SECONDS):
-                answer = await asyncio.shield(gathering.answer)
-            yield BytesValue(value=answer)
+            yield await self._answer(key, gathering)
             await asyncio.sleep(HANG_UP_SECONDS)
         finally:
             if not gathering.answer.done() and gathering.tickets.get(peer_id) is ticket:  # it may have asked anew
                 del gathering.tickets[peer_id]
 
-    def _admit(self, key: Key, ticket: Ticket) -> tuple[Gathering | None, BytesValue]:
+    async def _answer(self, key: Key, gathering: Gathering) -> BytesValue:
+        """What becomes of a gathering: its group, who leads it instead, or that we have gone on without."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            if (await asyncio.wait({gathering.answer}, timeout=TELL_SECONDS))[0]:
+                return BytesValue(value=gathering.answer.result())
+            if self._is_over(key):
+                return _message("over", epoch=self._epoch())
+        return _message("refused", why="nobody came")
+
+    def _is_over(self, key: Key) -> bool:
         kind, epoch = key
+        return epoch < self._epoch() or (kind == "state" and epoch in self._closed_states)
+
+    def _admit(self, key: Key, ticket: Ticket) -> tuple[Gathering | None, BytesValue]:
+        epoch = ticket.epoch
         if ticket.schema != self._schema:
             return None, _message("refused", why="another model, optimizer or compression: compare the run's config")
-        if epoch < self._epoch() or (kind == "state" and epoch in self._closed_states):
+        if self._is_over(key):
             return None, _message("over", epoch=self._epoch())
         if epoch > self._epoch():
             return None, _message("refused", why="not there yet")
@@ -287,7 +301,7 @@ class Matchmaker(ServicerBase):
         if gathering is None or gathering.answer.done():
             gathering = self._gatherings[key] = Gathering()
         gathering.tickets[self._own_id] = ticket
-        quorum_at, relook_at = None, time.monotonic() + RELOOK_SECONDS
+        relook_at = time.monotonic() + RELOOK_SECONDS
         while (now := time.monotonic()) < deadline + TICK_SECONDS:
             awaited = expected()
             away = awaited.keys() - gathering.tickets.keys()
@@ -306,9 +320,10 @@ class Matchmaker(ServicerBase):
                 gathering.begun_by = None
                 return None
             num_here = len(gathering.tickets)
-            if quorum_at is None and is_quorum(num_here=num_here, num_others=len(away)):
-                quorum_at = now
-            age, quorum_age = now - gathering.opened_at, None if quorum_at is None else now - quorum_at
+            if gathering.quorum_at is None and is_quorum(num_here=num_here, num_others=len(away)):
+                gathering.quorum_at = now
+            age = now - gathering.opened_at
+            quorum_age = None if gathering.quorum_at is None else now - gathering.quorum_at
             if should_begin(
                 num_here=num_here, num_missing=len(missing), num_unreachable=len(away - missing), age=age,
                 quorum_age=quorum_age, limits=limits,
