@@ -22,6 +22,8 @@ class TrueRound:
     epoch: int
     samples: Mapping[int, int]
     """Trainer -> its samples in the average."""
+    group: str = ""
+    """Of a bare round: its group's id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,8 @@ def bare_rounds(trainers: Sequence[Events]) -> list[TrueRound]:
             # `weight` is what the all-reduce used; `num_samples` what the trainer thinks it gave.
             samples = {i: int(m["weight"]) for i, m in members.items()}
             if all(samples.values()):
-                found.append(TrueRound(epoch=max(m["epoch"] for m in members.values()), samples=samples))
+                epoch = max(m["epoch"] for m in members.values())
+                found.append(TrueRound(epoch=epoch, samples=samples, group=members[0]["group"]))
     return sorted(found, key=lambda r: r.epoch)
 
 
@@ -118,21 +121,30 @@ def control_rounds(trainers: Sequence[Events], *, target_batch_size: int) -> lis
 def stale_samples(events: Events, *, trainer: int, rounds: Sequence[TrueRound]) -> Counter[int]:
     """Epoch -> samples of this trainer in its average that were computed more than MAX_STALENESS epochs before.
 
-    Samples enter averages in the order in which they were computed.
+    Samples enter averages in the order in which they were computed. Bare hivemind clears its accumulators when it
+    begins to average, whatever comes of it, so untrue rounds take their samples with them; ours give them back.
     """
     queue = deque((e["epoch"], e["num_samples"]) for e in events if e["event"] == "micro")
     stale: Counter[int] = Counter()
-    for each in rounds:
-        left = each.samples.get(trainer, 0)
+    for epoch, left in _taken(events, trainer=trainer, rounds=rounds):
         while left > 0 and queue:
-            epoch, number = queue.popleft()
+            computed_at, number = queue.popleft()
             taken = min(left, number)
             left -= taken
             if taken < number:
-                queue.appendleft((epoch, number - taken))
-            if each.epoch - epoch > MAX_STALENESS:
-                stale[each.epoch] += taken
+                queue.appendleft((computed_at, number - taken))
+            if epoch is not None and epoch - computed_at > MAX_STALENESS:
+                stale[epoch] += taken
     return stale
+
+
+def _taken(events: Events, *, trainer: int, rounds: Sequence[TrueRound]) -> list[tuple[int | None, int]]:
+    """What left this trainer's accumulator, in order: (epoch, or None if the round was not true; samples)."""
+    begun = [e for e in events if e["event"] == "bare_round"]
+    if not begun:
+        return [(each.epoch, each.samples.get(trainer, 0)) for each in rounds]
+    epochs = {each.group: each.epoch for each in rounds}
+    return [(epochs.get(e.get("group", "")), e["num_samples"]) for e in begun]
 
 
 def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
