@@ -28,7 +28,9 @@ def _ready(peer_id: str) -> dict[str, Any]:
 
 
 def test_bare_round_whole_for_both_trainers_counts() -> None:
-    assert bare_rounds([[_told(1, "x")], [_told(1, "x", weight=60.0)]]) == [TrueRound(epoch=1, samples={0: 100, 1: 60})]
+    assert bare_rounds([[_told(1, "x")], [_told(1, "x", weight=60.0)]]) == [
+        TrueRound(epoch=1, samples={0: 100, 1: 60}, group="x")
+    ]
 
 
 def test_bare_round_that_one_trainer_did_not_receive_whole_is_not_true() -> None:
