@@ -12,6 +12,7 @@ all codecs took, shared by the two cores that the hosts share here. Needs root.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ LINES = (200, 100, 50, 20, 200)
 NUM_CORES = 2
 TARGET = 1.10
 PORT = 4001
+STOP_SECONDS = 60.0
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -66,9 +68,11 @@ def main() -> None:
     parser.add_argument("--codec", choices=[*CODECS], nargs="+", default=[*CODECS])
     parser.add_argument("--split", choices=["equal", "weighted"], nargs="+", default=["equal", "weighted"])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--bare", action="store_true", help="also hivemind's own averager, in fp32")
     parser.add_argument("--details", action="store_true", help="print what each host measured")
     arguments = parser.parse_args()
     num_elements = round(arguments.million * 1e6)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed
     with Internet() as internet:
         hosts = start_hosts(internet, num_elements=num_elements)
         print(heading(num_elements))
@@ -82,19 +86,27 @@ def main() -> None:
                     if arguments.details:
                         for host, fact in zip(hosts, facts, strict=True):
                             print(details_of(host, fact), flush=True)
-        for host in hosts:
-            host.leave()
-        for host in hosts:
-            host.process.wait(timeout=60)
+        stop(hosts)
+        if arguments.bare:
+            hosts = start_hosts(internet, num_elements=num_elements, module="benchmarks.averaging_bare")
+            print("hivemind's own averager, fp32")
+            for number, split in enumerate(arguments.split * arguments.repeats):
+                facts = run_round(hosts, epoch=number, codec="none", is_weighted=split == "weighted")
+                print(bare_row_of(facts, split=split), flush=True)
+            stop(hosts)
 
 
-def start_hosts(internet: Internet, *, num_elements: int) -> list[HostProcess]:
+def start_hosts(
+    internet: Internet, *, num_elements: int, module: str = "benchmarks.averaging_peer"
+) -> list[HostProcess]:
     """All hosts, known to each other, on lines of their speed."""
     hosts: list[HostProcess] = []
     bootstrap: list[str] = []
     for number, mbit in enumerate(LINES):
-        namespace = internet.public_host(number + 1)
-        internet.shape(number + 1, mbit=mbit)
+        namespace = f"{internet.prefix}-host{number + 1}"
+        if namespace not in internet.names:
+            internet.public_host(number + 1)
+            internet.shape(number + 1, mbit=mbit)
         spec = HostSpec(
             number=number,
             address=f"/ip4/{PUBLIC_NET}.{number + 1}/tcp/{PORT}",
@@ -104,7 +116,7 @@ def start_hosts(internet: Internet, *, num_elements: int) -> list[HostProcess]:
             is_sender=number < len(LINES) - 1,
         )
         process = subprocess.Popen(
-            internet.inside(namespace, sys.executable, "-m", "benchmarks.averaging_peer", spec.model_dump_json()),
+            internet.inside(namespace, sys.executable, "-m", module, spec.model_dump_json()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -116,6 +128,13 @@ def start_hosts(internet: Internet, *, num_elements: int) -> list[HostProcess]:
         hello = host.hear()
         host.peer_id, bootstrap = hello["peer_id"], [*bootstrap, *hello["addresses"]]
     return hosts
+
+
+def stop(hosts: list[HostProcess]) -> None:
+    for host in hosts:
+        host.leave()
+    for host in hosts:
+        host.process.wait(timeout=STOP_SECONDS)
 
 
 def run_round(hosts: list[HostProcess], *, epoch: int, codec: str, is_weighted: bool) -> list[dict[str, Any]]:
@@ -169,6 +188,18 @@ def row_of(hosts: list[HostProcess], facts: list[dict[str, Any]], *, codec: str,
         f"{'equal' if len({fact['digest'] for fact in facts}) == 1 else 'DIFFER'} "
         f"{max(fact['error'] for fact in facts):.0e}  {sum(fact['cpu_seconds'] for fact in facts):10.1f} "
         f"{sum(fact['daemon_seconds'] for fact in facts):4.1f}"
+    )
+
+
+def bare_row_of(facts: list[dict[str, Any]], *, split: str) -> str:
+    trainers = facts[:-1]
+    formed = min(fact["formed"] for fact in facts)
+    matching = max(fact["formed"] for fact in facts) - min(fact["started"] for fact in facts)
+    outcomes = sorted({fact["outcome"] for fact in facts})
+    return (
+        f"bare  {split:8} | {matching:5.2f}  {max(fact['ended'] for fact in facts) - formed:10.2f} | "
+        f"groups of {[fact['group_size'] for fact in facts]}, trainers' largest error "
+        f"{max(fact['error'] for fact in trainers):.0e}, {', '.join(outcomes)}"
     )
 
 

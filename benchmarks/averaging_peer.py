@@ -33,6 +33,7 @@ LIMITS = RoundLimits(
     request_seconds=10.0, matchmaking_seconds=60.0, grace_seconds=30.0, chunk_seconds=30.0, round_seconds=300.0
 )
 TILE_ELEMENTS = 1_000_000
+START_SECONDS = 60.0
 
 
 class HostSpec(BaseModel):
@@ -98,9 +99,14 @@ class Host:
 
     async def run(self) -> None:
         spec = self.spec
-        p2p = await P2P.create(
-            initial_peers=spec.bootstrap or None, host_maddrs=[spec.address], auto_nat=False, nat_port_map=False
-        )
+        async with asyncio.timeout(START_SECONDS):
+            p2p = await P2P.create(
+                initial_peers=spec.bootstrap or None,
+                host_maddrs=[spec.address],
+                auto_nat=False,
+                nat_port_map=False,
+                startup_timeout=START_SECONDS,
+            )
         self.name = p2p.peer_id.to_base58()
         assert p2p._child is not None
         self.daemon = psutil.Process(p2p._child.pid)
