@@ -3,7 +3,9 @@
 Two trainers of an ALBERT (hidden 256, 4 layers, vocabulary 8000: 1.97 M parameters), micro-batches of 8 sequences of
 128 tokens, 512 samples per epoch, fp16 on the wire. Each trainer is pinned to one core *with all its threads and child
 processes* (DHT, averagers, p2pd), as if each were a machine of one core; so what a swarm costs in CPU it costs in
-samples. The solo rates are measured with both trainers computing at once, each on its core, without a swarm.
+samples. The solo rates are measured with both trainers computing at once, each on its core, without a swarm. They are
+measured before and after every run, and the run is held against their mean: rented cores change their speed by a tenth
+from one minute to the next, by what their neighbours do.
 
 Efficiency = useful samples per second / sum of the solo rates. See `efficiency_account` for what is useful, and
 `efficiency_data` for why a swarm that averages nothing fails the check of the loss.
@@ -31,13 +33,14 @@ MICRO_BATCH_SIZE = 8
 NUM_TRAINERS = 2
 NUM_EPOCHS, NUM_QUICK_EPOCHS = 8, 3
 NUM_REPEATS = 3
-SOLO_SECONDS, SOLO_QUICK_SECONDS = 30.0, 10.0
+SOLO_SECONDS, SOLO_QUICK_SECONDS = 15.0, 8.0
 START_SECONDS = 90.0
 EPOCH_SECONDS = 60.0
 """Given up after this long per epoch; about 9 are needed."""
 COMPUTE_NICENESS = 10
 """Ours: as `calm_ray.peers.trainer` sets it. A bare trainer has no such thing."""
 KINDS: tuple[Driver, ...] = ("bare-delayed", "bare-synchronous", "ours")
+CONTROL: tuple[Driver, ...] = ("control",)
 MIN_LOSS_SHARE = 0.95
 
 
@@ -51,7 +54,7 @@ class Solo:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One run, against the solo rates of its repeat."""
+    """One run, against the solo rates before and after it."""
 
     kind: str
     repeat: int
@@ -71,6 +74,16 @@ def measure_solo(folder: Path, *, seconds: float) -> Solo:
     return Solo(
         samples_per_second=tuple(b["cpu"]["num_samples"] / (b["clock"] - a["clock"]) for a, b in spans),
         cpu_seconds_per_sample=tuple(b["cpu"]["compute_cpu"] / b["cpu"]["num_samples"] for _, b in spans),
+    )
+
+
+def mean_of(before: Solo, after: Solo) -> Solo:
+    def means(ones: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+        return tuple((a + b) / 2 for a, b in zip(ones, others, strict=True))
+
+    return Solo(
+        samples_per_second=means(before.samples_per_second, after.samples_per_second),
+        cpu_seconds_per_sample=means(before.cpu_seconds_per_sample, after.cpu_seconds_per_sample),
     )
 
 
@@ -119,20 +132,23 @@ def run(kinds: Sequence[Driver], *, num_repeats: int, num_epochs: int, solo_seco
     results: list[Result] = []
     initial_loss = _initial_loss()
     with tempfile.TemporaryDirectory(prefix="calm-efficiency-") as root:
+        solo = measure_solo(Path(root) / "solo", seconds=solo_seconds)
         for repeat in range(num_repeats):
-            solo = measure_solo(Path(root) / f"{repeat}-solo", seconds=solo_seconds)
-            _say(f"repeat={repeat} solo={' + '.join(f'{rate:.2f}' for rate in solo.samples_per_second)} samples/s")
-            turn = [*kinds[repeat % len(kinds) :], *kinds[: repeat % len(kinds)], *(["control"] if not repeat else [])]
+            turn = [*kinds[repeat % len(kinds) :], *kinds[: repeat % len(kinds)], *(CONTROL if not repeat else ())]
             for kind in turn:
-                found = measure(kind, Path(root) / f"{repeat}-{kind}", num_epochs=num_epochs)  # type: ignore[arg-type]
+                folder = Path(root) / f"{repeat}-{kind}"
+                found = measure(kind, folder, num_epochs=num_epochs)
+                before, solo = solo, measure_solo(folder.with_name(f"{folder.name}-solo"), seconds=solo_seconds)
+                rates = mean_of(before, solo)
                 result = Result(
-                    kind=kind, repeat=repeat, solo=solo, account=found, loss_drop=initial_loss - found.loss,
-                    efficiency=found.samples_per_second / sum(solo.samples_per_second),
+                    kind=kind, repeat=repeat, solo=rates, account=found, loss_drop=initial_loss - found.loss,
+                    efficiency=found.samples_per_second / sum(rates.samples_per_second),
                 )  # fmt: skip
                 results.append(result)
                 _say(
                     f"repeat={repeat} kind={kind} efficiency={result.efficiency:.3f} seconds={found.seconds:.1f} "
-                    f"true={found.num_true_rounds}/{found.num_rounds} loss_drop={result.loss_drop:.3f}"
+                    f"true={found.num_true_rounds}/{found.num_rounds} loss_drop={result.loss_drop:.3f} "
+                    f"solo={sum(before.samples_per_second):.2f},{sum(solo.samples_per_second):.2f}"
                 )
     return results
 

@@ -30,9 +30,9 @@ def result_table(results: Sequence["Result"]) -> str:
             f"| {sum(r.account.num_true_rounds for r in own)}/{sum(r.account.num_rounds for r in own)} "
             f"| {sum(r.account.num_stale_samples for r in own)} | {drop:.3f} | {share} |"
         )
-    rates = {r.repeat: r.solo.samples_per_second for r in results}
-    told = "; ".join(" + ".join(f"{rate:.2f}" for rate in rates[repeat]) for repeat in sorted(rates))
-    lines.append(f"| limit: both alone, no swarm | solo samples/s: {told} | 1.000 | | | | | | |")
+    rates = [sum(r.solo.samples_per_second) for r in results]
+    told = f"solo: {statistics.median(rates):.2f} samples/s ({min(rates):.2f}-{max(rates):.2f})"
+    lines.append(f"| limit: both alone, no swarm | {told} | 1.000 | | | | | | |")
     return "\n".join(lines)
 
 
