@@ -7,8 +7,8 @@ client, stock lets each keep an epoch of its own and average gradients of unequa
 ends only if some full peer holds the state (a trainer or an auxiliary peer), and clients' epochs count while no full
 peer trains: a newcomer then learns that nobody can give it the state, rather than start another model.
 
-Cost: each of N peers writes one record of about 400 bytes at most every MIN_REPORT_SECONDS, and reads all N of them
-every refresh, so the swarm moves about 400 N^2 bytes per refresh. The refresh period grows with N to bound that.
+Cost: each of N peers writes one record of about 400 bytes and reads all N of them some times per epoch, so the swarm
+moves about 400 N^2 bytes each time. The time between two reads grows with N to bound that.
 """
 
 import time
@@ -21,9 +21,12 @@ from hivemind.optim.progress_tracker import ProgressTracker as _ProgressTracker
 from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
-MIN_REPORT_SECONDS = 0.5
-"""Readers extrapolate by each peer's rate between reports. Stock writes one for each micro-batch."""
+MIN_REPORT_SECONDS, MAX_REPORT_SECONDS = 0.5, 5.0
+REPORTS_PER_EPOCH = 8
+"""Readers extrapolate by each peer's rate between reports. Stock writes one for each micro-batch, which costs more CPU
+than averaging does: each is signed, stored on several nodes, and checked there."""
 MIN_REPORTED_SHARE = 0.5
+MIN_READ_SECONDS = 0.3
 MAX_RECORDS = 4096
 READS_PER_SECOND_AND_PEER = 0.01
 """Bound on the N^2 term: with N records, wait at least N times this many seconds between two reads."""
@@ -37,7 +40,8 @@ class ProgressTracker(_ProgressTracker):
 
     def __init__(self, *args: Any, has_holders: Callable[[], bool] = lambda: False, **kwargs: Any) -> None:
         self._has_holders = has_holders
-        self._last_write = 0.0
+        self._last_write, self._began_at = 0.0, time.monotonic()
+        self._report_seconds = MIN_REPORT_SECONDS
         self._disbelieved, self._disbelieved_until = 0, 0.0
         self.records: Mapping[str, LocalTrainingProgress] = {}
         super().__init__(*args, **kwargs)
@@ -82,12 +86,16 @@ class ProgressTracker(_ProgressTracker):
             self.global_progress.samples_accumulated += extra
         self.local_progress = self._get_local_progress(epoch, samples_accumulated)
         now = time.monotonic()
-        if is_new_epoch or now >= self._last_write + MIN_REPORT_SECONDS:
+        if is_new_epoch or now >= self._last_write + self._report_seconds:
             self._last_write = now
             self.should_report_progress.set()
 
     def begin_epoch(self, epoch: int, *, samples_accumulated: int = 0) -> None:
         """We have stepped, or loaded a state: count towards `epoch` from now on."""
+        now = time.monotonic()
+        last_seconds, self._began_at = now - self._began_at, now
+        self._report_seconds = min(max(last_seconds / REPORTS_PER_EPOCH, MIN_REPORT_SECONDS), MAX_REPORT_SECONDS)
+        self.min_refresh_period = min(max(last_seconds / REPORTS_PER_EPOCH, MIN_READ_SECONDS), self.max_refresh_period)
         with self.lock_global_progress:
             if epoch > self.global_progress.epoch:
                 self.global_progress.epoch = epoch

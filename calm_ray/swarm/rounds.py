@@ -48,6 +48,8 @@ MAX_WEIGHT_IN_BATCHES = 4
 MAX_ERRORS_IN_A_ROW = 5
 STOP_SECONDS = 6.0
 REFRESH_SECONDS = {"lan": 1.0, "internet": 5.0, "slow": 10.0}
+ROSTER_SECONDS = 5.0
+"""Donors come and go seldom; whoever needs one now asks for a fresh roster."""
 SERVE_TIMEOUT_SECONDS = 15.0
 
 
@@ -90,7 +92,7 @@ class SwarmOptimizer:
         stock = None
         if wire == "hivemind-1.1":  # forks, so before there are threads
             stock = StockWire(swarm, shapes=shapes, table=averaging, max_weight=max_weight)
-        self.roster = Roster(swarm, refresh_seconds=REFRESH_SECONDS[averaging.network])
+        self.roster = Roster(swarm, refresh_seconds=ROSTER_SECONDS)
         self.tracker = ProgressTracker(
             swarm.dht, swarm.run_id, target_batch_size, client_mode=swarm.is_client_mode, start=True,
             has_holders=lambda: bool(self.roster.holders), private_key=swarm.key, min_refresh_period=0.3,
