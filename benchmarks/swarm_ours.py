@@ -42,7 +42,8 @@ class OurStepper:
         table = task.optimizer_table
         self.optimizer = SwarmOptimizer(
             self._swarm, param_groups=task.param_groups, averaging=spec.averaging,
-            target_batch_size=spec.target_batch_size, is_auxiliary=spec.role == "auxiliary",
+            target_batch_size=spec.target_batch_size, num_epochs=spec.num_epochs,
+            is_auxiliary=spec.role == "auxiliary",
             rules=StepRules(
                 make_optimizer=lambda groups: make_optimizer(groups, table=table),
                 make_schedule=make_schedule(table), before_step=norm_only,
