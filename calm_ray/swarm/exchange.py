@@ -12,7 +12,6 @@ which nothing arrived is reported as a success (AllReduceRunner, TensorPartReduc
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +23,8 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from calm_ray.errors import StateUnavailable
 from calm_ray.swarm.exchange_frames import PEER_FAULTS, FrameKind, Stream, Traffic
-from calm_ray.swarm.exchange_messages import BadMessage, Opening, PartsRequest, decode
+from calm_ray.swarm.exchange_lobby import Lobby
+from calm_ray.swarm.exchange_messages import Opening, PartsRequest, decode
 from calm_ray.swarm.exchange_reduce import refuse
 from calm_ray.swarm.exchange_repair import Kept, ask_for_parts, hand_out_parts, new_collection, receive_parts
 from calm_ray.swarm.exchange_round import Protocols, Round, check_contribution
@@ -35,13 +35,12 @@ from calm_ray.swarm.verdict import Outcome, RoundResult
 
 logger = logging.getLogger(__name__)
 
-EARLY_SECONDS = 15.0
-"""How long a member who knows of a group before us waits for us to begin."""
-MAX_EARLY_STREAMS = 128
 HANGUP_SECONDS = 10.0
-"""For a caller that we refused, to go."""
-MAX_REMEMBERED_GROUPS = 64
+"""For a caller that we refused, to go; and for one that has come, to say what it wants."""
+MAX_HAND_OUTS = 8
+"""Peers that read an average from us at the same time. It competes with averaging; others have it, too."""
 CLOSE_CHECK_SECONDS = 0.1
+LINGER_CHECK_SECONDS = 1.0
 
 
 class Exchange:
@@ -54,13 +53,12 @@ class Exchange:
         self._protocols = Protocols(exchange="", parts="")
         self._is_serving = False
         self._own_id = ""
-        self._rounds: dict[bytes, Round] = {}
-        self._over: OrderedDict[str, None] = OrderedDict()
-        self._awaiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._rounds: Lobby[Round] = Lobby()
         self._kept: dict[Kind, Kept] = {}
         self._carried: dict[Kind, Vector] = {}
         self._traffic: dict[Kind, Traffic] = {kind: Traffic() for kind in num_elements}
         self._handlers: set[asyncio.Task[None]] = set()
+        self._hand_outs = asyncio.Semaphore(MAX_HAND_OUTS)
         self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
 
     async def serve(self, p2p: P2P, *, namespace: str, is_reachable: bool = True) -> None:
@@ -84,12 +82,15 @@ class Exchange:
         num_elements = self._num_elements[group.kind]
         if vector is not None and (vector.shape != (num_elements,) or vector.dtype != torch.float32):
             raise ValueError(f"vector of {vector.dtype} {tuple(vector.shape)}, expected float32 ({num_elements},)")
-        if group.group_id in self._rounds:
+        if group.group_id.hex() in self._rounds.begun:
             raise ValueError("this round is running already")
         if (early := self._foregone(group)) is not None:
             return early
         assert self._p2p is not None, "serve first"
-        contribution = await asyncio.to_thread(check_contribution, vector, weight=weight, max_weight=max_weight)
+        is_sender = any(member.is_sender for member in group.members if member.peer_id == self._own_id)
+        contribution = await asyncio.to_thread(
+            check_contribution, vector if is_sender else None, weight=weight, max_weight=max_weight
+        )
         if contribution.objection:
             logger.warning("own_contribution_stopped epoch=%d reason=%s", group.epoch, contribution.objection)
         round_ = Round(
@@ -105,15 +106,21 @@ class Exchange:
             traffic=self._traffic[group.kind],
             hashing=self._hashing,
         )
-        self._begin(round_)
+        try:
+            round_.start()
+        except ValueError as exc:  # a leader's nonsense
+            return RoundResult(outcome="failed", detail=f"the group makes no sense: {exc}")
+        self._rounds.begin(group.group_id.hex(), round_)
         try:
             result = await round_.run()
         except BaseException:
             await round_.cancel()
-            self._forget(round_)
+            self._rounds.end(group.group_id.hex())
             raise
         if result.is_true:
             self._commit(round_, result)
+        round_.release()
+        self._linger(round_)
         traffic = self._traffic[group.kind]
         result = replace(result, bytes_sent=traffic.sent, bytes_received=traffic.received)
         traffic.sent = traffic.received = 0
@@ -154,20 +161,20 @@ class Exchange:
         if digest != header.digest or not digest:
             raise StateUnavailable(f"{peer_id} handed over another average of epoch {epoch} than it announced")
         self._kept[kind] = Kept(group_id="", epoch=epoch, collection=collection, digest=digest)
-        return torch.from_numpy(collection.average.copy()), digest
+        return torch.from_numpy(collection.release()), digest
 
     async def close(self) -> None:
         """Serve those who still need us, at most until their rounds' time is over, then stop answering."""
-        while any(not round_.is_served() for round_ in self._rounds.values()):
+        while any(not round_.is_served() for round_ in self._rounds.begun.values()):
             await asyncio.sleep(CLOSE_CHECK_SECONDS)
         if self._is_serving and self._p2p is not None:
             self._is_serving = False
             for protocol in (self._protocols.exchange, self._protocols.parts):
                 with contextlib.suppress(*PEER_FAULTS):  # a daemon that died has nothing to be told
                     await self._p2p.remove_binary_stream_handler(protocol)
-        for round_ in list(self._rounds.values()):
+        for group_id, round_ in list(self._rounds.begun.items()):
             await round_.cancel()
-            self._forget(round_)
+            self._rounds.end(group_id)
         for task in self._handlers:
             task.cancel()
         await asyncio.gather(*self._handlers, return_exceptions=True)
@@ -180,32 +187,20 @@ class Exchange:
             cause = "alone", "nobody else is in the group"
         elif not any(member.fraction > 0 for member in group.members):
             cause = "only_clients", "no member can average for the others"
-        elif self._own_id not in {member.peer_id for member in group.members}:
-            cause = "failed", "we are not in this group"
+        elif [member.peer_id for member in group.members].count(self._own_id) != 1:
+            cause = "failed", "we are not in this group, or twice"
         if cause is None:
             return None
         return RoundResult(
             outcome=cause[0], detail=cause[1], group_size=len(group.members), num_senders=group.num_senders
         )
 
-    def _begin(self, round_: Round) -> None:
-        round_.start()
-        self._rounds[round_.group.group_id] = round_
-        for waiting in self._awaiting.pop(round_.group.group_id.hex(), ()):
-            if not waiting.done():
-                waiting.set_result(None)
-        linger = round_.group.limits.round_seconds + 1
-        asyncio.get_running_loop().call_later(linger, self._forget, round_)
-
-    def _forget(self, round_: Round) -> None:
-        """Nobody can want anything of it any more, but its average."""
-        if self._rounds.pop(round_.group.group_id, None) is None:
-            return
-        self._over[round_.group.group_id.hex()] = None
-        while len(self._over) > MAX_REMEMBERED_GROUPS:
-            self._over.popitem(last=False)
-        for task in round_.handlers:
-            task.cancel()
+    def _linger(self, round_: Round) -> None:
+        """Forget a round that is over for us, with all its buffers, as soon as nobody needs us any more."""
+        if round_.is_served():
+            self._rounds.end(round_.group.group_id.hex())
+        else:
+            asyncio.get_running_loop().call_later(LINGER_CHECK_SECONDS, self._linger, round_)
 
     def _commit(self, round_: Round, result: RoundResult) -> None:
         """A true round: keep its average for others, and what its encoding left out for the next one."""
@@ -250,7 +245,7 @@ class Exchange:
         """A member of a group wants our slice."""
         async with asyncio.timeout(HANGUP_SECONDS):
             opening = decode(Opening, await stream.receive_as(FrameKind.OPENING))
-        round_ = await self._round_of(opening.group_id)
+        round_ = await self._rounds.enter(opening.group_id, peer)
         if round_ is None:
             async with asyncio.timeout(HANGUP_SECONDS):
                 await refuse(stream, "I do not know this group, or it is over")
@@ -270,35 +265,14 @@ class Exchange:
         async with asyncio.timeout(HANGUP_SECONDS):
             request = decode(PartsRequest, await stream.receive_as(FrameKind.PARTS_REQUEST))
         stream.traffic = self._traffic.get(request.kind, stream.traffic)
-        await hand_out_parts(stream, request, self._kept_for(request))
+        async with self._hand_outs:
+            await hand_out_parts(stream, request, self._kept_for(request))
 
     def _kept_for(self, request: PartsRequest) -> Kept | None:
         kept = self._kept.get(request.kind)
         if request.group_id:
-            round_ = self._rounds.get(bytes.fromhex(request.group_id)) if len(request.group_id) % 2 == 0 else None
+            round_ = self._rounds.begun.get(request.group_id)
             if round_ is not None and round_.group.kind == request.kind:
                 return round_.kept()
             return kept if kept is not None and kept.group_id == request.group_id else None
         return kept if kept is not None and kept.epoch == request.epoch else None
-
-    async def _round_of(self, group_id: str) -> Round | None:
-        """The round of a group; if we have not begun it, wait a little for that. None if it is unknown, or over."""
-        if len(group_id) % 2:
-            raise BadMessage("group id")
-        key = bytes.fromhex(group_id)
-        if key not in self._rounds and group_id not in self._over:
-            if sum(map(len, self._awaiting.values())) >= MAX_EARLY_STREAMS:
-                return None
-            begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._awaiting.setdefault(group_id, set()).add(begun)
-            try:
-                async with asyncio.timeout(EARLY_SECONDS):
-                    await begun
-            except TimeoutError:
-                return None
-            finally:
-                waiting = self._awaiting.get(group_id, set())
-                waiting.discard(begun)
-                if not waiting:
-                    self._awaiting.pop(group_id, None)
-        return self._rounds.get(key)

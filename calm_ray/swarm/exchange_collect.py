@@ -39,6 +39,7 @@ class Collection:
         """Those whose reducer may still hand out parts to us itself."""
         self._hash = hashlib.sha256()
         self._num_in_order = self._num_hashed = 0
+        self._is_released = False
 
     def max_bytes(self) -> int:
         return self.codec.encoded_bytes(self.layout.part_elements)
@@ -52,18 +53,25 @@ class Collection:
         """The first one counts: it may have been hashed."""
         if self.encoded[part] is not None:
             return
-        start, stop = self.layout.span(part)
-        self.average[start:stop] = decoded
         self.encoded[part] = payload
         self.num_missing -= 1
+        if self._is_released:
+            return
+        start, stop = self.layout.span(part)
+        self.average[start:stop] = decoded
         while self._num_in_order < len(self.encoded) and self.encoded[self._num_in_order] is not None:
             self._num_in_order += 1
         if self._num_in_order - self._num_hashed >= PARTS_PER_HASHING:
             self._hash_on()
 
+    def release(self) -> Vector:
+        """Hand over the average. From now on only encoded parts are kept."""
+        average, self.average, self._is_released = self.average, self.average[:0].copy(), True
+        return average
+
     async def digest(self) -> str:
         """SHA-256, in hex, of the average as little-endian fp32. Most of it was hashed while the rest came."""
-        assert not self.num_missing
+        assert not self.num_missing and not self._is_released
         self._hash_on()
         return await asyncio.get_running_loop().run_in_executor(self._hashing, self._hash.hexdigest)
 

@@ -47,6 +47,7 @@ class ReducerDesk:
         self._limits = group.limits
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
+        self._looked_at = self._called_for_at = self._began
         self._heard_at: dict[str, float] = {}
         self._callers: set[str] = set()
         self._changed = asyncio.Event()
@@ -175,8 +176,13 @@ class ReducerDesk:
 
     def _ban_the_slow(self) -> None:
         now, limits = self._loop.time(), self._limits
+        if (asleep := now - self._looked_at - limits.chunk_seconds / 2) > 0:
+            # It is we who were silent, on a machine that was suspended or too busy: what has come is not read yet.
+            self._heard_at = {peer: heard_at + asleep for peer, heard_at in self._heard_at.items()}
+            self._called_for_at += asleep
+        self._looked_at = now
         for peer in self.reduction.awaited():
-            silent_since = self._heard_at.get(peer, self._began + limits.request_seconds)
+            silent_since = self._heard_at.get(peer, self._called_for_at + limits.request_seconds)
             if now - silent_since > limits.chunk_seconds:
                 self._ban(peer, f"silent for {now - silent_since:.0f} s")
         incomplete = self.reduction.incomplete()

@@ -24,6 +24,8 @@ from calm_ray.swarm.parts import Layout
 logger = logging.getLogger(__name__)
 
 NUMBER = Struct(">I")
+STALL_SECONDS = 30.0
+"""For a reader to take a part. It holds one of few places."""
 PAUSE_SECONDS = 0.5
 """Between two rounds of asking those who may still get what we miss."""
 
@@ -61,7 +63,10 @@ async def hand_out_parts(stream: Stream, request: PartsRequest, kept: Kept | Non
     sending = asyncio.create_task(_send_parts(stream, collection, parts))
     try:
         await asyncio.wait((listening, sending), return_when=asyncio.FIRST_COMPLETED)
-        await listening
+        if sending.done():
+            sending.result()
+        async with asyncio.timeout(STALL_SECONDS):
+            await listening
     finally:
         listening.cancel()
         sending.cancel()
@@ -72,7 +77,8 @@ async def _send_parts(stream: Stream, collection: Collection, parts: Sequence[in
     for part in parts:
         payload = collection.encoded[part]
         if payload is not None:
-            await stream.send(FrameKind.PART, NUMBER.pack(part) + payload)
+            async with asyncio.timeout(STALL_SECONDS):
+                await stream.send(FrameKind.PART, NUMBER.pack(part) + payload)
     await stream.send(FrameKind.ENDING)
 
 
@@ -132,7 +138,7 @@ class Repair:
         """Fill in a slice as far as anybody can. Does not raise for what peers do."""
         is_hopeless = 0
         while self._collection.missing(number) and is_hopeless < 2:
-            hopes = [await self._ask(peer, number) for peer in self._peers if self._collection.missing(number)]
+            hopes = [await self._ask(peer, number) for peer in list(self._peers) if self._collection.missing(number)]
             is_hopeless = 0 if any(hopes) else is_hopeless + 1
             if self._collection.missing(number):
                 await asyncio.sleep(PAUSE_SECONDS)
@@ -151,4 +157,5 @@ class Repair:
                     return header.may_come or self._collection.num_missing < before
         except (*PEER_FAULTS, BadPart) as exc:
             logger.info("repair_failed peer=%s epoch=%d reason=%s", peer, request.epoch, type(exc).__name__)
+            self._peers.remove(peer)
         return self._collection.num_missing < before

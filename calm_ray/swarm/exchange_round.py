@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -152,6 +152,13 @@ class Round:
         have_come = all(desk.served == self.others for desk in self.desks.values())
         return (have_come or now > self.began + limits.request_seconds + limits.chunk_seconds) and not self.handlers
 
+    def release(self) -> None:
+        """The verdict is out: let go of vectors, and keep only what others may still want."""
+        self.couriers.clear()
+        self.contribution = replace(self.contribution, vector=None)
+        self.collection.release()
+        self.residual = self.carried = None
+
     async def cancel(self) -> None:
         """End everything that this round still does."""
         tasks = [*self.handlers, *self.work]
@@ -214,17 +221,19 @@ class Round:
                 self.p2p,
                 protocol=self.protocols.parts,
                 request=PartsRequest(group_id=self.group.group_id.hex(), kind=self.group.kind, epoch=self.group.epoch),
-                peers=self._likely_holders(),
+                peers=self._likely_holders(self.layout.reducers[courier.number]),
                 collection=self.collection,
                 limits=self.group.limits,
                 traffic=self.traffic,
             )
             await repair.run(courier.number)
 
-    def _likely_holders(self) -> list[str]:
-        """The other members, those who can be called first."""
-        others = [member for member in self.group.members if member.peer_id != self.own_id]
-        return [member.peer_id for member in sorted(others, key=lambda member: -member.fraction)]
+    def _likely_holders(self, lost: int) -> list[str]:
+        """The other members: those who can surely be called first, the reducer that we lost last."""
+        places = [place for place in range(len(self.group.members)) if place != self.place]
+        members = self.group.members
+        places.sort(key=lambda place: (place == lost, -members[place].fraction))
+        return [members[place].peer_id for place in places]
 
     async def _judge(self, *, is_late: bool) -> RoundResult:
         outcome, detail = self._outcome(is_late=is_late)

@@ -7,6 +7,7 @@ part, and the sender keeps about a tenth of a second of queue, as LEDBAT does (R
 looks at the way there only: seen by the round trip, a full line in one direction would slow down the other.
 """
 
+import math
 from collections import deque
 
 TARGET_SECONDS = 0.1
@@ -33,9 +34,9 @@ class Window:
     def on_confirmed(self, arrived_at: float) -> bool:
         """A part is there, since `arrived_at` by the receiver's clock, which may be set to anything.
 
-        False if nothing was on its way: then the peer confirms what we never sent.
+        False if nothing was on its way, or that is no time: then the peer makes things up.
         """
-        if not self._sent_at:
+        if not self._sent_at or not math.isfinite(arrived_at):
             return False
         seconds = arrived_at - self._sent_at.popleft()
         self._quickest = min(self._quickest, seconds)

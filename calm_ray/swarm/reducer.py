@@ -145,6 +145,8 @@ class Reduction:
         if self.residual is not None:
             self.residual.append((average - decoded) * weight)
         self.finished.append(payload)
+        if self.is_complete:
+            self._own = self._carried = None
         return decoded
 
     def weights(self) -> dict[str, float]:

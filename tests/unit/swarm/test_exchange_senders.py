@@ -185,7 +185,7 @@ def test_peer_that_is_not_in_the_group_is_refused_and_changes_nothing(net: Loopb
 def test_member_that_asks_for_an_unknown_group_is_not_kept_for_ever(
     net: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calm_ray.swarm.exchange.EARLY_SECONDS", 0.5)
+    monkeypatch.setattr("calm_ray.swarm.exchange_lobby.EARLY_SECONDS", 0.5)
 
     async def test() -> None:
         async with net.peers(2, num_elements=NUM_ELEMENTS, strangers=[1]) as members:
