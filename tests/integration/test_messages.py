@@ -139,6 +139,7 @@ def test_job_tells_mistakes_in_the_organisers_tables(tmp_path: Path) -> None:
         (("peer", "--invite", "calm1-AAAA", "--folder", "p"), ["invite: incomplete or altered"]),
         (("peer", "--invite", invite_to(4001)), ["--folder is missing"]),
         (("peer", "--folder", "p"), ["give an invite, or a bundle to start a new run from"]),
+        (("peer", "--invite", invite_to(4001), "--folder", "p", "--resume", "c"), ["only an auxiliary peer can"]),
         (("peer", "--spec", "{"), ["--spec: not JSON"]),
         (("peer", "--spec", "[]"), ["--spec: ", "valid dictionary"]),
         (("peer", "--spec", '{"folder": "p", "invite": "x"}'), ["--spec: `role` is missing"]),
