@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_DOWNLOADS = 2
 """At a time. Others are sent away with an empty answer, and ask another donor or come again."""
+MAX_SECONDS = 600.0
+STALL_SECONDS = 30.0
+"""Whoever takes longer in all, or nothing for so long, is given up: there are few places, and each holds a state."""
 MAX_WAIT_SECONDS = 20.0
 """For an all-reduce of ours to end, before the state or between two of its tensors; then we send all the same."""
 HANG_UP_SECONDS = 3.0
@@ -60,10 +63,11 @@ class TrainingStateAverager(ServicerBase):
         if self._num_downloads >= MAX_DOWNLOADS:
             return
         self._num_downloads += 1
-        started = time.monotonic()
+        started, loop, task = time.monotonic(), asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        stall: asyncio.TimerHandle | None = None
         try:
             await self._wait_for_averaging()
-            loop = asyncio.get_running_loop()
             state = await loop.run_in_executor(None, self._copy)
             if state is None:
                 return
@@ -77,7 +81,11 @@ class TrainingStateAverager(ServicerBase):
                 info = CompressionInfo.from_tensor(tensor, key=index)
                 packed = await loop.run_in_executor(None, NoCompression().compress, tensor, info)
                 for part in split_for_streaming(packed):
+                    if time.monotonic() > started + MAX_SECONDS:
+                        return
+                    stall = loop.call_later(STALL_SECONDS, task.cancel)
                     yield averaging_pb2.DownloadData(tensor_part=part, metadata=metadata)
+                    stall.cancel()
                     metadata = None
             logger.info(
                 "state sent to=%s epoch=%d seconds=%.1f", context.remote_id, state.epoch, time.monotonic() - started
@@ -85,6 +93,8 @@ class TrainingStateAverager(ServicerBase):
             await asyncio.sleep(HANG_UP_SECONDS)
         finally:
             self._num_downloads -= 1
+            if stall is not None:
+                stall.cancel()
 
     async def _wait_for_averaging(self) -> None:
         deadline = time.monotonic() + MAX_WAIT_SECONDS

@@ -165,10 +165,13 @@ class Matchmaker(ServicerBase):
 
     def done(self, *, has_failed: bool = False) -> None:
         """The round that `find` found a group for is over."""
-        self._active = None
+        key, self._active = self._active, None
         if not has_failed:
             self._failed_rounds.clear()
-        elif self._followed is not None:
+            return
+        if key is not None and (gathering := self._gatherings.get(key)) is not None and gathering.answer.done():
+            del self._gatherings[key]  # its members will ask again, at once
+        if self._followed is not None:
             self._failed_rounds[self._followed] += 1
             if self._failed_rounds[self._followed] >= MAX_FAILED_ROUNDS:
                 self.distrust(self._followed)

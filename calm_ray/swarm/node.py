@@ -20,6 +20,7 @@ from calm_ray.swarm.codecs import mend_codecs
 from calm_ray.swarm.hygiene import bind_children_to_parent
 from calm_ray.swarm.loop import EventLoopThread
 from calm_ray.swarm.records import load_identity, own_subkey, owner_of, record_validators, reports_key
+from calm_ray.swarm.transport import bound_messages
 
 CALL_TIMEOUT_SECONDS = 15.0
 """A DHT call over the internet takes well under a second per hop; past this the DHT process is stuck or dead."""
@@ -55,6 +56,7 @@ class Swarm:
         """Start a DHT node; SwarmUnreachable with a verdict per address."""
         bind_children_to_parent()
         mend_codecs()
+        bound_messages()
         ensure_identity(options.identity_path)
         peers = live_addresses(initial_peers) if initial_peers else []
         key = load_identity(options.identity_path.read_bytes())

@@ -103,6 +103,8 @@ class Roster:
         self._offer = lambda: None
         self._stop.set()
         self._wake.set()
+        with self._served:
+            self._served.notify_all()
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
