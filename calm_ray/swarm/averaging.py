@@ -86,7 +86,9 @@ class OwnAveraging:
         epoch, now, expected = self._epoch(), get_dht_time(), {}
         for peer, record in self._tracker.records.items():
             is_live = now - record.time < LIVE_SECONDS and record.time > self._absent.get(peer, 0.0)
-            if record.epoch == epoch and is_live:
+            if record.epoch >= epoch and is_live:
+                # Those who are past it will not come, but count as missing: what is left of a swarm that has stepped
+                # must not take itself for the whole. Whoever is called says that it is past us.
                 expected[peer] = not record.client_mode
         for peer, holder in self._roster.holders.items():
             if holder.is_auxiliary and abs(holder.epoch - epoch) <= 1 and holder.epoch > self._absent.get(peer, -1.0):
