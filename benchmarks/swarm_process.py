@@ -5,6 +5,7 @@ It computes the task's gradients and steps with the driver that the spec names. 
 
 import ctypes
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from benchmarks.swarm_counts import WireCounter
 
 GATE_POLL_SECONDS = 0.02
+LOG_LEVEL = "CALM_RAY_LAB_LOG"
+"""Environment variable, for a closer look: INFO or DEBUG."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,6 +60,7 @@ class Peer:
 
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec, self.stop = spec, threading.Event()
+        logging.basicConfig(level=os.environ.get(LOG_LEVEL, "WARNING"))
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         if spec.core is not None:
             os.sched_setaffinity(0, {spec.core})

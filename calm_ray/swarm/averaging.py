@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 LIVE_SECONDS = 15.0
 """A trainer whose last record is older than this is not waited for; records come with each micro-batch."""
+RECORD_LAG_SECONDS = 1.0
+"""Between two peers' steps at the end of one epoch, and a record of it to be read."""
 NUM_MEASURED = 20
 SERVE_TIMEOUT_SECONDS = 15.0
 LINGER_SECONDS = 15.0
@@ -75,8 +77,10 @@ class OwnAveraging:
     # --- who is there ------------------------------------------------------------------------------------------------
 
     def _candidates(self) -> list[str]:
-        trainers = [peer for peer, record in self._tracker.records.items() if not record.client_mode]
-        return [*trainers, *self._roster.holders]
+        """Full peers that may lead: those who have died are still in the records for a minute."""
+        now = get_dht_time()
+        trainers = [p for p, r in self._tracker.records.items() if not r.client_mode and now - r.time < LIVE_SECONDS]
+        return [*trainers, *(p for p, holder in self._roster.holders.items() if holder.is_auxiliary)]
 
     def _expected(self, kind: Kind = "gradients") -> dict[str, bool]:
         """Peers that should come to this epoch's round, and whether they can be called."""
@@ -86,9 +90,10 @@ class OwnAveraging:
         epoch, now, expected = self._epoch(), get_dht_time(), {}
         for peer, record in self._tracker.records.items():
             is_live = now - record.time < LIVE_SECONDS and record.time > self._absent.get(peer, 0.0)
-            if record.epoch >= epoch and is_live:
-                # Those who are past it will not come, but count as missing: what is left of a swarm that has stepped
-                # must not take itself for the whole. Whoever is called says that it is past us.
+            # What was written before our own step says nothing of who has stepped since: two that are quick would take
+            # themselves for the whole swarm. Those who are past this epoch will not come, but count as missing: nor
+            # must what is left of a swarm that has stepped. Whoever is called says that it is past us.
+            if is_live and (record.epoch >= epoch or record.time < self._tracker.began_at + RECORD_LAG_SECONDS):
                 expected[peer] = not record.client_mode
         for peer, holder in self._roster.holders.items():
             if holder.is_auxiliary and abs(holder.epoch - epoch) <= 1 and holder.epoch > self._absent.get(peer, -1.0):

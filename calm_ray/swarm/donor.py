@@ -36,7 +36,7 @@ HANG_UP_SECONDS = 3.0
 
 
 class TrainingStateAverager(ServicerBase):
-    """Serves `snapshot()`; `pause` and `resume` around averaging, from any thread."""
+    """Serves `snapshot()`; `pause` before averaging, `resume` after it and after each step, from any thread."""
 
     def __init__(self, snapshot: Callable[[], HeldState | None]) -> None:
         self._snapshot = snapshot
@@ -52,6 +52,7 @@ class TrainingStateAverager(ServicerBase):
         self._is_averaging.set()
 
     def resume(self) -> None:
+        """Downloads go on, new ones with the state as it is now."""
         self._is_averaging.clear()
         with self._lock:
             self._cached = None

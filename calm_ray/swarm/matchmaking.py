@@ -22,6 +22,7 @@ from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 
 from calm_ray.swarm.gathering import Gathering, Key, NoGroup, is_quorum, rank_of, should_begin
 from calm_ray.swarm.group import Group
+from calm_ray.swarm.knock import Calls, understand, unless_called
 from calm_ray.swarm.limits import RoundLimits
 from calm_ray.swarm.messages import (
     MAX_EPOCH,
@@ -32,7 +33,6 @@ from calm_ray.swarm.messages import (
     pack_group,
     pack_ticket,
     unpack,
-    unpack_group,
     unpack_ticket,
 )
 from calm_ray.swarm.wires import Behind
@@ -65,6 +65,7 @@ class Matchmaker(ServicerBase):
         self._run_id, self._schema, self._epoch, self._on_knock, self._form = run_id, schema, epoch, on_knock, form
         self._gatherings: dict[Key, Gathering] = {}
         self._leaders: dict[Key, str] = {}
+        self._calls_to_us = Calls()
         self._suspects: dict[str, float] = {}
         self._unreachable: dict[str, float] = {}
         self._closed_states: set[int] = set()
@@ -143,13 +144,20 @@ class Matchmaker(ServicerBase):
             return None, _message("refused", why="begun, or full")
         return gathering, BytesValue()
 
-    async def rpc_call_round(self, request: BytesValue, context: P2PContext) -> BytesValue:  # noqa: ARG002
+    async def rpc_call_round(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """A leader says that a round is due: those whose view of the swarm is older hear of it at once."""
         with contextlib.suppress(Malformed):
             fields = unpack(request.value)
-            if fields.get("kind") == "gradients" and fields.get("epoch") == self._epoch():
-                self._on_knock(("gradients", self._epoch()))
+            if fields.get("epoch") == self._epoch():
+                self._note_call((fields.get("kind"), self._epoch()), context.remote_id.to_base58())
         return BytesValue(value=pack(epoch=self._epoch(), active=list(self._active or ())))
+
+    def _note_call(self, key: Any, leader: str) -> None:
+        if leader in self._suspects:
+            return
+        if key[0] == "gradients":
+            self._on_knock(key)
+        self._calls_to_us.note(key, leader)
 
     # --- what we do --------------------------------------------------------------------------------------------------
 
@@ -230,7 +238,8 @@ class Matchmaker(ServicerBase):
     async def _follow_somebody(
         self, ticket: Ticket, key: Key, candidates: Callable[[], Iterable[str]], limits: RoundLimits, deadline: float
     ) -> Group | None:
-        for candidate in self._better(key, candidates()):
+        caller = self._calls_to_us.take(key)
+        for candidate in [*([caller] if caller else []), *self._better(key, candidates())]:
             leader: str | None = candidate
             for _ in range(MAX_HOPS):
                 if leader is None or leader == self._own_id:
@@ -248,26 +257,27 @@ class Matchmaker(ServicerBase):
         self, leader: str, ticket: Ticket, key: Key, limits: RoundLimits, deadline: float
     ) -> Group | str | None:
         """Ask `leader` for a place: the group; another leader to ask; or None. Raises Behind."""
-        assert self._p2p is not None
         stream: Any = None
         try:
-            stub = self.get_stub(self._p2p, PeerID.from_base58(leader), namespace=self._run_id)
             async with asyncio.timeout(limits.request_seconds):
-                stream = await stub.rpc_join_round(BytesValue(value=pack_ticket(ticket)))
-                fields = unpack((await anext(stream)).value)
+                answer = await unless_called(self._open(leader, ticket), self._calls_to_us, key=key, leader=leader)
+            if isinstance(answer, str):
+                return answer
+            stream, fields = answer
             if fields.get("type") == "accepted":
                 self._leaders[key] = leader
                 self._close(key, _message("redirect", to=leader).value)
                 patience = max(0.0, deadline - time.monotonic()) + limits.grace_seconds + limits.request_seconds
                 async with asyncio.timeout(patience):
                     fields = unpack((await anext(stream)).value)
-            return self._understand(fields, leader, key, limits)
+                self._calls_to_us.take(key)  # our leader's own
+            return understand(fields, leader=leader, key=key, own_peer_id=self._own_id, limits=limits)
         except Behind:
             raise
         except Exception as exc:  # noqa: BLE001  whatever a stranger's peer does, it is not our leader
             logger.info("matchmaking kind=%s epoch=%d leader=%s problem=%r", *key, leader, exc)
             self._suspects[leader] = time.monotonic() + SUSPECT_SECONDS
-            if stream is None:
+            if stream is None and not isinstance(exc, Malformed):
                 self._unreachable[leader] = self._suspects[leader]
             return None
         finally:
@@ -276,24 +286,15 @@ class Matchmaker(ServicerBase):
                 with contextlib.suppress(Exception):
                     await stream.aclose()
 
-    def _understand(self, fields: dict[str, Any], leader: str, key: Key, limits: RoundLimits) -> Group | str | None:
-        match fields.get("type"):
-            case "begin":
-                return unpack_group(
-                    fields, kind=key[0], epoch=key[1], own_peer_id=self._own_id, own_limits=limits
-                )  # fmt: skip
-            case "over":
-                epoch = fields.get("epoch")
-                if not isinstance(epoch, int) or not key[1] <= epoch <= MAX_EPOCH:
-                    raise Malformed("over")
-                raise Behind(epoch, leader)
-            case "redirect":
-                to = fields.get("to")
-                return to if isinstance(to, str) and len(to) <= 64 else None
-            case "refused":
-                logger.debug("matchmaking kind=%s epoch=%d leader=%s refused=%r", *key, leader, fields.get("why"))
-                return None
-        raise Malformed("type")
+    async def _open(self, leader: str, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
+        assert self._p2p is not None
+        stub = self.get_stub(self._p2p, PeerID.from_base58(leader), namespace=self._run_id)
+        stream: Any = await stub.rpc_join_round(BytesValue(value=pack_ticket(ticket)))
+        try:
+            return stream, unpack((await anext(stream)).value)
+        except BaseException:
+            await stream.aclose()
+            raise
 
     async def _lead(
         self, ticket: Ticket, key: Key, candidates: Callable[[], Iterable[str]],

@@ -34,14 +34,14 @@ READS_PER_SECOND_AND_PEER = 0.01
 
 
 class ProgressTracker(_ProgressTracker):
-    """`records`: peer id -> its last progress record, ourselves included."""
+    """`records`: peer id -> its last progress record, ourselves included. `began_at`: DHT time of our last step."""
 
     local_progress: LocalTrainingProgress
     global_progress: GlobalTrainingProgress
 
     def __init__(self, *args: Any, has_holders: Callable[[], bool] = lambda: False, **kwargs: Any) -> None:
         self._has_holders = has_holders
-        self._last_write, self._began_at = 0.0, time.monotonic()
+        self._last_write, self.began_at = 0.0, get_dht_time()
         self._report_seconds = MIN_REPORT_SECONDS
         self._disbelieved, self._disbelieved_until = 0, 0.0
         self.records: Mapping[str, LocalTrainingProgress] = {}
@@ -93,8 +93,8 @@ class ProgressTracker(_ProgressTracker):
 
     def begin_epoch(self, epoch: int, *, samples_accumulated: int = 0) -> None:
         """We have stepped, or loaded a state: count towards `epoch` from now on."""
-        now = time.monotonic()
-        last_seconds, self._began_at = now - self._began_at, now
+        now = get_dht_time()
+        last_seconds, self.began_at = max(0.0, now - self.began_at), now
         self._report_seconds = min(max(last_seconds / REPORTS_PER_EPOCH, MIN_REPORT_SECONDS), MAX_REPORT_SECONDS)
         self.min_refresh_period = min(max(last_seconds / REPORTS_PER_EPOCH, MIN_READ_SECONDS), self.max_refresh_period)
         with self.lock_global_progress:
@@ -120,11 +120,11 @@ class ProgressTracker(_ProgressTracker):
 
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
         entries = dict(list(metadata.items())[:MAX_RECORDS]) if isinstance(metadata, Mapping) else {}
-        if get_dht_time() < self._disbelieved_until:
-            entries = {k: e for k, e in entries.items() if not e.value or e.value["epoch"] < self._disbelieved}
         present = [entry.value for entry in entries.values() if entry.value is not None]
-        records = map(LocalTrainingProgress.parse_obj, present)
-        self.records = {PeerID(record.peer_id).to_base58(): record for record in records}
+        self.records = {PeerID(r.peer_id).to_base58(): r for r in map(LocalTrainingProgress.parse_obj, present)}
+        if get_dht_time() < self._disbelieved_until:  # whoever wrote it is there all the same
+            entries = {k: e for k, e in entries.items() if not e.value or e.value["epoch"] < self._disbelieved}
+            present = [entry.value for entry in entries.values() if entry.value is not None]
         if not present or not all(value["client_mode"] for value in present):
             progress = super()._parse_swarm_progress_data(entries)
         else:
@@ -133,5 +133,5 @@ class ProgressTracker(_ProgressTracker):
                 for subkey, entry in entries.items()
             }
             progress = replace(super()._parse_swarm_progress_data(as_full), num_clients=len(present))
-        patience = READS_PER_SECOND_AND_PEER * len(present)
+        patience = READS_PER_SECOND_AND_PEER * len(self.records)
         return replace(progress, next_fetch_time=max(progress.next_fetch_time, get_dht_time() + patience))

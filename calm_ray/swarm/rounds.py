@@ -38,8 +38,6 @@ from calm_ray.tables import AveragingTable
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-IGNORE_SECONDS = 30.0
-"""Somebody claims an epoch that nobody can show: do not believe in it for so long."""
 MIN_CALLED_SHARE = 0.5
 """A trainer heeds a call for a round once the swarm has this share of the epoch's samples, as far as it knows."""
 BACKOFF_SECONDS = 1.0
@@ -82,7 +80,6 @@ class SwarmOptimizer:
         self._epoch = 0
         self._sketch: Sketch | None = None
         self._called_epoch, self._not_before = -1, 0.0
-        self._ignored: tuple[int, float] = (-1, 0.0)
         self._is_first_state = True
         self._failure: Exception | None = None
         self._stop, self._wake, self._started = threading.Event(), threading.Event(), threading.Event()
@@ -112,7 +109,7 @@ class SwarmOptimizer:
             is_auxiliary=is_auxiliary, max_weight=max_weight,
             bandwidth=None if bandwidth_mbps is None else bandwidth_mbps * 1e6 / 8,
         )  # fmt: skip
-        self._catcher = Catcher(swarm, holder=self.holder, wire=self._wire)
+        self._catcher = Catcher(swarm, holder=self.holder, wire=self._wire, tracker=self.tracker, roster=self.roster)
         if not swarm.is_client_mode:
             swarm.call(lambda p2p: self._donor.serve(p2p, run_id=swarm.run_id), timeout_seconds=SERVE_TIMEOUT_SECONDS)
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
@@ -230,9 +227,9 @@ class SwarmOptimizer:
         return self._failure
 
     def _tick(self) -> None:
-        epoch, global_epoch = self._epoch, self.tracker.global_epoch
-        if global_epoch > epoch and not (global_epoch <= self._ignored[0] and time.monotonic() < self._ignored[1]):
-            self._catch_up(global_epoch)
+        epoch = self._epoch
+        if self.tracker.global_epoch > epoch:
+            self._catch_up(self.tracker.global_epoch)
         elif self._is_due(epoch) and time.monotonic() >= self._not_before:
             self._end_epoch(epoch)
 
@@ -256,9 +253,7 @@ class SwarmOptimizer:
             try:
                 result = self._average(epoch)
             except Behind as exc:
-                self._catch_up(exc.epoch)
-                if self._epoch <= epoch:
-                    self._wire.distrust(exc.peer_id)
+                self._catch_up(exc.epoch, hint=exc.peer_id)
                 return
             if result.average is not None:
                 self._step(epoch, result.average)
@@ -270,7 +265,6 @@ class SwarmOptimizer:
     def _average(self, epoch: int) -> RoundResult:
         """One try. The gradient goes back to where it came from unless the round is true."""
         self.stage = Stage.MATCH
-        self._donor.pause()
         result: RoundResult | None = None
         try:
             result = self._wire.average("gradients", epoch, self._take)
@@ -285,8 +279,9 @@ class SwarmOptimizer:
                 )
 
     def _take(self) -> tuple[torch.Tensor, float] | None:
-        """What we bring, at the moment the group stands."""
+        """What we bring, at the moment the group stands. Until the round is over nobody downloads our state."""
         self.stage = Stage.AVERAGE
+        self._donor.pause()
         while self._wire.lead_seconds and not self.tracker.is_epoch_full and not self._stop.is_set():
             time.sleep(POLL_SECONDS)  # the group was found ahead of time, as bare peers do
         if self._intake is None:
@@ -335,7 +330,7 @@ class SwarmOptimizer:
             return
         self._sketch = None
         try:
-            result = self._wire.average("state", epoch, lambda: (self.holder.flat_parameters.clone(), 1.0))
+            result = self._wire.average("state", epoch, self._take_state)
         except Behind:
             result = RoundResult(outcome="failed", detail="others have averaged without us")
         self.rounds.state_by_outcome[result.outcome] += 1
@@ -344,9 +339,14 @@ class SwarmOptimizer:
         if result.average is not None:
             self.holder.load_parameters(result.average)
 
+    def _take_state(self) -> tuple[torch.Tensor, float]:
+        self._donor.pause()
+        return self.holder.flat_parameters.clone(), 1.0
+
     def _publish(self) -> None:
         """Whatever the holder has now is the swarm's state at its epoch, and ours."""
         self._sketch = None
+        self._donor.resume()
         self.rounds.parameter_norm = self._current_sketch().norm
         self._epoch = self.holder.epoch
         if self._intake is not None:
@@ -364,24 +364,18 @@ class SwarmOptimizer:
 
     # --- behind ------------------------------------------------------------------------------------------------------
 
-    def _catch_up(self, global_epoch: int) -> None:
+    def _catch_up(self, global_epoch: int, *, hint: str | None = None) -> None:
         """Others have stepped without us: read the average that we missed, or download the state."""
         self.stage = Stage.CATCH_UP
-        holders = self.roster.refresh(timeout_seconds=2.0)
-        ahead = [peer for peer, holder in holders.items() if holder.epoch > self._epoch]
-        if not ahead:
-            logger.warning("epoch %d is claimed, and no peer offers a state of it: going on", global_epoch)
-            self._ignored = (global_epoch, time.monotonic() + IGNORE_SECONDS)
-            return
-        average = self._catcher.read_late(ahead, epoch=self._epoch) if global_epoch == self._epoch + 1 else None
-        if average is None:
-            self._download(min_epoch=self._epoch + 1)
-            return
-        self.rounds.num_late_reads += 1
-        if self._intake is not None and self._table.max_staleness == 0:
-            self._intake.drop()
-        self._wire.forget_group()
-        self._step(self._epoch, average)
+        found = self._catcher.find(global_epoch, hint=hint, stop=self._stop)
+        if isinstance(found, torch.Tensor):
+            self.rounds.num_late_reads += 1
+            if self._intake is not None and self._table.max_staleness == 0:
+                self._intake.drop()
+            self._wire.forget_group()
+            self._step(self._epoch, found)
+        elif found is not None:
+            self._adopt(found)
 
     def _download(self, *, min_epoch: int) -> None:
         self._adopt(self._catcher.download(min_epoch=min_epoch, stop=self._stop))

@@ -111,7 +111,8 @@ def ours_other_model(nodes: Nodes) -> dict[str, Any]:
     said = ""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(catchup, "STATE_PAUSE_SECONDS", 0.1)
-        catcher = catchup.Catcher(newcomer, holder=ours, wire=None)  # type: ignore[arg-type]  # for other things
+        unused: Any = None
+        catcher = catchup.Catcher(newcomer, holder=ours, wire=unused, tracker=unused, roster=roster)
         try:
             catcher.download(min_epoch=0, stop=threading.Event())
         except StateUnavailable as exc:

@@ -1,12 +1,20 @@
 """What kills or cheats a peer from outside: the swarm goes on, and the peer comes back."""
 
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.eventually import eventually
+from benchmarks.swarm_lab import Lab
+from calm_ray.tables import AveragingTable
+from tests.eventually import Children, eventually
+from tests.integration.lab_checks import assert_every_change_is_a_true_round
+from tests.integration.lab_swarm import SmallSwarm
 from tests.integration.runs import tiny_swarm
+
+NUM_LIED_TO = 4
+"""Epochs that the swarm makes after the lie."""
 
 
 @pytest.mark.parametrize("victim", ["p2pd", "dht"])
@@ -18,3 +26,21 @@ def test_peer_whose_libp2p_died_starts_again(tmp_path: Path, victim: str) -> Non
         (daemon if victim == "p2pd" else psutil.Process(daemon.ppid())).kill()
         swarm.wait("auxiliary", lambda s: s.num_restarts >= 1 and s.state == "assisting", 60)
         eventually(lambda: not any(p.is_running() for p in helpers), 10, lambda: f"left: {helpers}")
+
+
+def test_swarm_goes_on_when_a_stranger_claims_an_epoch_that_it_cannot_show(tmp_path: Path) -> None:
+    """Stock counts samples of the newest epoch only, so that one false record ends everybody's training."""
+    table = AveragingTable(network="lan", max_staleness=1)
+    with Lab() as lab, Children(tmp_path) as children:
+        swarm = SmallSwarm(lab=lab, folder=tmp_path, averaging=table)
+        swarm.start_all(2)
+        swarm.wait_for_epoch("aux", 2)
+        liar = (sys.executable, "-W", "ignore", "-m", "tests.integration.liar", swarm.run_id, str(10**6))
+        children.start([*liar, *swarm.addresses], cwd=Path(__file__).parents[2])
+        believed = "epoch 1000000 is claimed"
+        eventually(lambda: believed in swarm.peers["t0"].log(), 60, lambda: swarm.peers["t0"].log()[-3000:])
+        reached = max(event["epoch"] for event in swarm.peers["t0"].events("boundary"))
+        swarm.wait_for_epoch("t0", reached + NUM_LIED_TO)
+        journals = {name: peer.all_events() for name, peer in swarm.peers.items()}
+    assert_every_change_is_a_true_round(journals)
+    assert not any(event["event"] == "failed" for events in journals.values() for event in events)
