@@ -32,8 +32,6 @@ from calm_ray.tables import AveragingTable
 
 logger = logging.getLogger(__name__)
 
-LIVE_SECONDS = 15.0
-"""A trainer whose last record is older than this is not waited for; records come with each micro-batch."""
 RECORD_LAG_SECONDS = 1.0
 """Between two peers' steps at the end of one epoch, and a record of it to be read."""
 NUM_MEASURED = 20
@@ -78,8 +76,8 @@ class OwnAveraging:
 
     def _candidates(self) -> list[str]:
         """Full peers that may lead: those who have died are still in the records for a minute."""
-        now = get_dht_time()
-        trainers = [p for p, r in self._tracker.records.items() if not r.client_mode and now - r.time < LIVE_SECONDS]
+        since = get_dht_time() - self._tracker.live_seconds
+        trainers = [p for p, record in self._tracker.records.items() if not record.client_mode and record.time > since]
         return [*trainers, *(p for p, holder in self._roster.holders.items() if holder.is_auxiliary)]
 
     def _expected(self, kind: Kind = "gradients") -> dict[str, bool]:
@@ -87,9 +85,9 @@ class OwnAveraging:
         if kind == "state":  # decided by the group that has just stepped
             members = self._last_group.members if self._last_group else ()
             return {m.peer_id: m.fraction > 0 for m in members if m.peer_id != self._swarm.peer_id}
-        epoch, now, expected = self._epoch(), get_dht_time(), {}
+        epoch, since, expected = self._epoch(), get_dht_time() - self._tracker.live_seconds, {}
         for peer, record in self._tracker.records.items():
-            is_live = now - record.time < LIVE_SECONDS and record.time > self._absent.get(peer, 0.0)
+            is_live = record.time > max(since, self._absent.get(peer, 0.0))
             # What was written before our own step says nothing of who has stepped since: two that are quick would take
             # themselves for the whole swarm. Those who are past this epoch will not come, but count as missing: nor
             # must what is left of a swarm that has stepped. Whoever is called says that it is past us.
@@ -107,7 +105,8 @@ class OwnAveraging:
         Whoever says no here steps alone, so one failed round is no reason to.
         """
         now = get_dht_time()
-        alive = {p for p, record in self._tracker.records.items() if now - record.time < LIVE_SECONDS}
+        since = now - self._tracker.live_seconds
+        alive = {peer for peer, record in self._tracker.records.items() if record.time > since}
         alive |= {p for p, holder in self._roster.holders.items() if holder.is_auxiliary and holder.is_fresh(now=now)}
         return bool(alive - self._matchmaker.unreachable - {self._swarm.peer_id})
 

@@ -26,6 +26,11 @@ CALL_TIMEOUT_SECONDS = 15.0
 """A DHT call over the internet takes well under a second per hop; past this the DHT process is stuck or dead."""
 STARTUP_TIMEOUT_SECONDS = 60.0
 """hivemind's 15 s is the most reported failure of its users: slow machines need longer."""
+NARROW_READ = {"beam_size": 3, "num_workers": 3}
+NARROW_WRITE = {"beam_size": 5, "num_workers": 5}
+"""How many nodes nearest to a key are asked. A write stores its record on five, a read takes the newest of three; they
+agree but for a node that has just come. hivemind asks twenty for either, and whoever has a copy answers with all of it,
+even to those who look where to write."""
 
 T = TypeVar("T")
 
@@ -125,12 +130,13 @@ class Swarm:
 
     def get(self, key: str) -> dict[Any, Any]:
         """The newest entries of a DHT dictionary, empty if there is none. SwarmUnreachable if the DHT is stuck."""
-        found: Any = self._ask(self.dht.get, key, latest=True)
+        found: Any = self._ask(self.dht.get, key, latest=True, **NARROW_READ)
         return found.value if found is not None and isinstance(found.value, dict) else {}
 
     def store(self, key: str, *, subkey: bytes, value: Any, expiration_time: float) -> bool:
         """Store one entry of a DHT dictionary; True if some node took it. SwarmUnreachable if the DHT is stuck."""
-        return bool(self._ask(self.dht.store, key, value, expiration_time=expiration_time, subkey=subkey))
+        found = self._ask(self.dht.store, key, value, expiration_time=expiration_time, subkey=subkey, **NARROW_WRITE)
+        return bool(found)
 
     def is_alive(self) -> bool:
         """Whether the DHT process and its p2pd run: without either a trainer would go on alone. A slow one is alive."""

@@ -22,6 +22,8 @@ from hivemind.optim.progress_tracker import ProgressTracker as _ProgressTracker
 from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
+from calm_ray.swarm.node import NARROW_READ, NARROW_WRITE
+
 MIN_REPORT_SECONDS, MAX_REPORT_SECONDS = 0.5, 5.0
 REPORTS_PER_EPOCH = 8
 """Readers extrapolate by each peer's rate between reports. Stock writes one for each micro-batch, which costs more CPU
@@ -29,8 +31,28 @@ than averaging does: each is signed, stored on several nodes, and checked there.
 MIN_REPORTED_SHARE = 0.5
 MIN_READ_SECONDS = 0.3
 MAX_RECORDS = 4096
-READS_PER_SECOND_AND_PEER = 0.01
-"""Bound on the N^2 term: with N records, wait at least N times this many seconds between two reads."""
+PAUSE_SECONDS_PER_PEER, MAX_PAUSE_SECONDS = 0.03, 20.0
+"""Bound on the N^2 term: with N records, wait at least N times this long between two reads, and between two writes, but
+renew a record before others forget it."""
+LIVE_SECONDS = 15.0
+"""A trainer whose last record is older than this, and than three pauses, is not waited for. Records come with
+micro-batches."""
+
+
+class _NarrowReads:
+    """A DHT for hivemind's tracker, which would ask twenty nodes for all records, again and again."""
+
+    def __init__(self, dht: Any) -> None:
+        self._dht = dht
+
+    def get(self, key: str, **kwargs: Any) -> Any:
+        return self._dht.get(key, **NARROW_READ, **kwargs)
+
+    def store(self, key: str, **kwargs: Any) -> Any:
+        return self._dht.store(key=key, **NARROW_WRITE, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dht, name)
 
 
 class ProgressTracker(_ProgressTracker):
@@ -39,13 +61,23 @@ class ProgressTracker(_ProgressTracker):
     local_progress: LocalTrainingProgress
     global_progress: GlobalTrainingProgress
 
-    def __init__(self, *args: Any, has_holders: Callable[[], bool] = lambda: False, **kwargs: Any) -> None:
+    def __init__(self, dht: Any, *args: Any, has_holders: Callable[[], bool] = lambda: False, **kwargs: Any) -> None:
         self._has_holders = has_holders
         self._last_write, self.began_at = 0.0, get_dht_time()
         self._report_seconds = MIN_REPORT_SECONDS
         self._disbelieved, self._disbelieved_until = 0, 0.0
         self.records: Mapping[str, LocalTrainingProgress] = {}
-        super().__init__(*args, **kwargs)
+        super().__init__(_NarrowReads(dht), *args, **kwargs)
+
+    @property
+    def pause_seconds(self) -> float:
+        """The least time between two reads or writes in a swarm of this size."""
+        return min(PAUSE_SECONDS_PER_PEER * len(self.records), MAX_PAUSE_SECONDS)
+
+    @property
+    def live_seconds(self) -> float:
+        """How old the last record of a live trainer can be."""
+        return max(LIVE_SECONDS, 3 * self.pause_seconds)
 
     @property
     def awaits_full_peer(self) -> bool:
@@ -87,7 +119,7 @@ class ProgressTracker(_ProgressTracker):
             self.global_progress.samples_accumulated += extra
         self.local_progress = self._get_local_progress(epoch, samples_accumulated)
         now = time.monotonic()
-        if is_new_epoch or now >= self._last_write + self._report_seconds:
+        if is_new_epoch or now >= self._last_write + max(self._report_seconds, self.pause_seconds):
             self._last_write = now
             self.should_report_progress.set()
 
@@ -133,5 +165,5 @@ class ProgressTracker(_ProgressTracker):
                 for subkey, entry in entries.items()
             }
             progress = replace(super()._parse_swarm_progress_data(as_full), num_clients=len(present))
-        patience = READS_PER_SECOND_AND_PEER * len(self.records)
-        return replace(progress, next_fetch_time=max(progress.next_fetch_time, get_dht_time() + patience))
+        next_read = max(progress.next_fetch_time, get_dht_time() + self.pause_seconds)
+        return replace(progress, next_fetch_time=next_read)

@@ -10,7 +10,14 @@ from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration
 
 from calm_ray.swarm import progress
-from calm_ray.swarm.progress import MAX_RECORDS, MIN_REPORT_SECONDS, MIN_REPORTED_SHARE, ProgressTracker
+from calm_ray.swarm.progress import (
+    MAX_PAUSE_SECONDS,
+    MAX_RECORDS,
+    MAX_REPORT_SECONDS,
+    MIN_REPORT_SECONDS,
+    MIN_REPORTED_SHARE,
+    ProgressTracker,
+)
 
 TARGET = 100
 CLIENT, FULL = True, False
@@ -28,7 +35,7 @@ class NoDHT:
         self.client_mode = client_mode
 
     def add_validators(self, validators: Any) -> None: ...
-    def get(self, key: str, *, latest: bool) -> None: ...
+    def get(self, key: str, **kwargs: Any) -> None: ...
 
 
 class Clock:
@@ -163,7 +170,23 @@ def test_records_that_are_read_are_bounded(clock: Clock) -> None:
     found = tracker()
     see(found, *((0, 1, FULL) for _ in range(MAX_RECORDS + 100)))
     assert len(found.records) <= MAX_RECORDS
-    assert found.global_progress.next_fetch_time >= clock.now + 0.009 * MAX_RECORDS, "and read seldom"
+    assert found.global_progress.next_fetch_time >= clock.now + MAX_PAUSE_SECONDS, "and read seldom"
+
+
+def test_larger_swarm_reads_and_writes_less_often_and_is_patient(clock: Clock) -> None:
+    """What is read and written grows with the swarm, and everybody reads and writes: the N^2 term."""
+    small, large = tracker(), tracker()
+    see(small, *((0, 1, FULL) for _ in range(10)))
+    see(large, *((0, 1, FULL) for _ in range(400)))
+    assert 0 < small.pause_seconds < 1 < 10 < large.pause_seconds < 60 / 2, "records live for 60 s"
+    assert small.live_seconds < large.live_seconds < 60
+    for found in (small, large):
+        found.begin_epoch(1)
+    clock.now += small.pause_seconds + MAX_REPORT_SECONDS
+    assert [is_written(found) for found in (small, large)] == [True, True], "the new epoch, at once"
+    for found in (small, large):
+        found.report(epoch=1, samples_accumulated=1)
+    assert [is_written(found) for found in (small, large)] == [True, False]
 
 
 # --- what we write ---------------------------------------------------------------------------------------------------
