@@ -38,7 +38,8 @@ class RunTable(Table):
 
     wire: Literal["calm-1", "hivemind-1.1"] = "calm-1"
     """How gradients travel. `hivemind-1.1` lets bare `hivemind.Optimizer` peers average with ours in an open run, at
-    the price of what `calm-1` adds: equal averages on all peers, digests, repair, auxiliary peers that receive."""
+    the price of what `calm-1` adds: equal averages on all peers, digests, repair, groups that do
+    not fall apart. Set `compression` to what those peers use; theirs is `none` unless they say."""
 
     model: ModelTable
     tokenizer: TokenizerTable

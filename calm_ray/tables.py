@@ -222,8 +222,8 @@ class AveragingTable(Table):
     """How peers average with each other. The defaults suit the internet; `network = "lan"` suits one machine."""
 
     network: Literal["lan", "internet", "slow"] = "internet"
-    """Where most peers are: one building, the internet, or lines under 10 Mbit/s. Only the start: once rounds have been
-    measured, their times count."""
+    """Where most peers are: one building, the internet, or lines under 10 Mbit/s. The start of all
+    times: rounds that were measured to take longer stretch the limits of later ones."""
 
     matchmaking_seconds: float | None = Field(default=None, ge=0.5)
     """Look for a group this long at most. Omit it to take `network`'s."""

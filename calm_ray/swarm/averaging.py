@@ -9,7 +9,7 @@ import hashlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from hivemind.utils import get_dht_time
@@ -26,7 +26,7 @@ from calm_ray.swarm.progress import ProgressTracker
 from calm_ray.swarm.roster import Roster
 from calm_ray.swarm.shares import balance
 from calm_ray.swarm.sketch import TOLERANCE, Sketch, reference_of, relative_distance, standing
-from calm_ray.swarm.verdict import RoundResult
+from calm_ray.swarm.verdict import SLOW, RoundResult
 from calm_ray.swarm.wires import BYTES_PER_ELEMENT, Take
 from calm_ray.tables import AveragingTable
 
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 RECORD_LAG_SECONDS = 1.0
 """Between two peers' steps at the end of one epoch, and a record of it to be read."""
+BEAT_SECONDS = 4.0
+SLOWEST = 1.0
+"""Bytes per second, less than anybody is waited for: see `limits.round_limits`."""
 NUM_MEASURED = 20
 SERVE_TIMEOUT_SECONDS = 15.0
 LINGER_SECONDS = 15.0
@@ -74,8 +77,10 @@ class OwnAveraging:
 
     # --- who is there ------------------------------------------------------------------------------------------------
 
-    def _candidates(self) -> list[str]:
+    def _candidates(self, kind: Kind) -> list[str]:
         """Full peers that may lead: those who have died are still in the records for a minute."""
+        if kind == "state":
+            return [peer for peer, is_full in self._expected("state").items() if is_full]
         since = get_dht_time() - self._tracker.live_seconds
         trainers = [p for p, record in self._tracker.records.items() if not record.client_mode and record.time > since]
         return [*trainers, *(p for p, holder in self._roster.holders.items() if holder.is_auxiliary)]
@@ -107,7 +112,7 @@ class OwnAveraging:
         now = get_dht_time()
         since = now - self._tracker.live_seconds
         alive = {peer for peer, record in self._tracker.records.items() if record.time > since}
-        alive |= {p for p, holder in self._roster.holders.items() if holder.is_auxiliary and holder.is_fresh(now=now)}
+        alive |= {peer for peer, holder in self._roster.holders.items() if holder.is_fresh(now=now)}
         return bool(alive - self._matchmaker.unreachable - {self._swarm.peer_id})
 
     def _note_absent(self, group: Group | None) -> None:
@@ -123,15 +128,20 @@ class OwnAveraging:
         for peer in missing:
             record, holder = self._tracker.records.get(peer), self._roster.holders.get(peer)
             self._absent[peer] = record.time if record else float(holder.epoch if holder else 0)
-        for peer in present & self._absent.keys():
-            del self._absent[peer]
+        known = self._tracker.records.keys() | self._roster.holders.keys()
+        self._absent = {peer: seen for peer, seen in self._absent.items() if peer in known - present}
 
     # --- after a round -----------------------------------------------------------------------------------------------
 
     @property
     def is_out_of_step(self) -> bool:
         """Whether the last group found our parameters to be another model's."""
-        return self._last_group is not None and self._swarm.peer_id in self._last_group.out_of_step
+        return self._swarm.peer_id in self.out_of_step
+
+    @property
+    def out_of_step(self) -> Collection[str]:
+        """Members of the last group whose parameters are not those of most."""
+        return self._last_group.out_of_step if self._last_group is not None else ()
 
     def is_state_due(self, epoch: int) -> bool:
         """All members of the last group decide alike: parameters are averaged now and then, if they differ at all."""
@@ -180,7 +190,7 @@ class OwnAveraging:
     def _note(self, result: RoundResult, group: Group | None, *, num_live: int) -> None:
         """Learn from a gradient round: who did not come, how long it took, whether the times were long enough."""
         self._note_absent(group)
-        num_slow = sum("slow" in reason or "silent" in reason for reason in result.banned.values())
+        num_slow = sum(reason.startswith(SLOW) for reason in result.banned.values())
         fact = RoundFact(
             outcome=result.outcome, group_size=len(group.members) if group else 0, num_live=num_live,
             num_too_slow=num_slow,
@@ -193,14 +203,34 @@ class OwnAveraging:
 
     def average(self, kind: Kind, epoch: int, take: Take) -> RoundResult:
         limits = self.limits(kind)
-        bound = MAX_TIMES_OWN * (limits.matchmaking_seconds + limits.round_seconds) + SETTLE_SECONDS
+        ceiling = self.limits(kind, slowest=SLOWEST)
+        bound = MAX_TIMES_OWN * (ceiling.matchmaking_seconds + ceiling.round_seconds) + SETTLE_SECONDS
         sketch = self._sketch().to_bytes()  # here, not on the loop: it reads all parameters
         try:
-            return self._swarm.loop.run(self._average(kind, epoch, take, limits, sketch), timeout_seconds=bound)
+            return self._swarm.loop.run(
+                self._average(kind, epoch, take, limits, ceiling, sketch), timeout_seconds=bound
+            )
         except TimeoutError:
             return RoundResult(outcome="failed", detail=f"our own loop was stuck for {bound:.0f} s")
 
-    async def _average(self, kind: Kind, epoch: int, take: Take, limits: RoundLimits, sketch: bytes) -> RoundResult:
+    async def _average(
+        self, kind: Kind, epoch: int, take: Take, limits: RoundLimits, ceiling: RoundLimits, sketch: bytes
+    ) -> RoundResult:
+        beating = asyncio.create_task(self._beat())
+        try:
+            return await self._find_and_run(kind, epoch, take, limits, ceiling, sketch)
+        finally:
+            beating.cancel()
+
+    async def _beat(self) -> None:
+        """A long round is no reason for others to take us for dead."""
+        while not self._is_auxiliary:
+            await asyncio.sleep(BEAT_SECONDS)
+            self._tracker.renew()
+
+    async def _find_and_run(
+        self, kind: Kind, epoch: int, take: Take, limits: RoundLimits, ceiling: RoundLimits, sketch: bytes
+    ) -> RoundResult:
         ticket = Ticket(
             kind=kind, epoch=epoch, schema=self._schema, is_sender=kind == "state" or not self._is_auxiliary,
             can_reduce=self._is_reachable, bandwidth=self.bandwidth, sketch=sketch,
@@ -208,8 +238,9 @@ class OwnAveraging:
         num_live = len(self._expected()) + 1
         try:
             group = await self._matchmaker.find(
-                ticket, candidates=self._candidates, expected=lambda: self._expected(kind), limits=limits
-            )
+                ticket, candidates=lambda: self._candidates(kind), expected=lambda: self._expected(kind), limits=limits,
+                ceiling=ceiling,
+            )  # fmt: skip
         except NoGroup as exc:
             result = RoundResult(outcome=exc.outcome, detail=str(exc), group_size=1)
             if kind == "gradients":

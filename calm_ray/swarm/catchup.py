@@ -1,7 +1,7 @@
 """For a peer that missed something: the one average that it lacks, or the whole state.
 
-Anybody can claim an epoch. A claim is believed when shown: by the average that led to it, or by a state of it. One
-that nobody shows costs us some seconds, once in a while, and never the run.
+Anybody can claim an epoch. A claim is believed if about as many make it as stand where we do. One that only few make
+costs us some seconds, once in a while, and never the run.
 """
 
 import logging
@@ -44,42 +44,41 @@ class Catcher:
     def find(self, claimed: int, *, hint: str | None, stop: threading.Event) -> torch.Tensor | HeldState | None:
         """What brings us to the epoch that others claim: the average that we lack, or a state.
 
-        `hint` is a peer that told us of it. None if nobody can show it, and most stand with us; StateUnavailable if
-        most do not: we are then the ones who are lost.
+        `hint` is a peer that told us of it. None if only few claim it, or nobody who could show it: a round needs most
+        of a swarm, so most know of its end. StateUnavailable if they are many: we are then the ones who are lost.
         """
         own = self._holder.epoch
-        ahead = self._ahead(own, hint=hint, stop=stop)
-        if claimed == own + 1 and (average := self.read_late(ahead, epoch=own, first=hint)) is not None:
-            return average
-        are_many = len(ahead) > self._num_with_us(own)
-        if ahead:
-            try:
-                return self.download(min_epoch=own + 1, stop=stop, max_tries=MAX_STATE_TRIES if are_many else 1)
-            except StateUnavailable:
-                if are_many:
-                    raise
+        if ahead := self._many_ahead(own, claimed=claimed, hint=hint, stop=stop):
+            if claimed == own + 1 and (average := self.read_late(ahead, epoch=own, first=hint)) is not None:
+                return average
+            return self.download(min_epoch=own + 1, stop=stop)
         if stop.is_set():
             return None
-        logger.warning("epoch %d is claimed, and no peer shows a state of it: going on at %d", claimed, own)
+        logger.warning("epoch %d is claimed, and not by most: going on at %d", claimed, own)
         self._tracker.disbelieve(claimed, seconds=DISBELIEVE_SECONDS)
         if hint is not None:
             self._wire.distrust(hint)
         return None
 
-    def _ahead(self, own: int, *, hint: str | None, stop: threading.Event) -> list[str]:
-        """Full peers that say that they are past `own`."""
+    def _many_ahead(self, own: int, *, claimed: int, hint: str | None, stop: threading.Event) -> list[str]:
+        """Those who offer to show an epoch past `own`, if not fewer than those who stand where we do; else nobody.
+
+        Records of the same moment are read at different times, so this waits a little for them to agree.
+        """
         deadline = time.monotonic() + ROSTER_LAG_SECONDS
         while True:
             holders = self._roster.refresh(timeout_seconds=ROSTER_LAG_SECONDS)
-            ahead = {peer for peer, holder in holders.items() if holder.epoch > own} | ({hint} if hint else set())
-            if ahead or time.monotonic() >= deadline or stop.wait(ROSTER_PAUSE_SECONDS):
-                return sorted(ahead)
-
-    def _num_with_us(self, own: int) -> int:
-        """Others whose records say that they stand where we do, or did when we made our last step."""
-        trainers = {peer for peer, record in self._tracker.records.items() if record.epoch in (own - 1, own)}
-        holders = {peer for peer, holder in self._roster.holders.items() if holder.epoch in (own - 1, own)}
-        return len((trainers | holders) - {self._swarm.peer_id})
+            donors = {peer for peer, holder in holders.items() if holder.epoch > own} | ({hint} if hint else set())
+            records = self._tracker.records
+            past = donors | {peer for peer, record in records.items() if record.epoch > own}
+            with_us = {peer for peer, record in records.items() if record.epoch in (own - 1, own)}
+            with_us |= {peer for peer, holder in holders.items() if holder.epoch in (own - 1, own)}
+            num_with_us = len(with_us - past - {self._swarm.peer_id})
+            # One step ahead, half are enough: a member of a round of two out of three may have died since.
+            if donors and len(past) >= num_with_us + (claimed > own + 1):
+                return sorted(donors)
+            if time.monotonic() >= deadline or stop.wait(ROSTER_PAUSE_SECONDS):
+                return []
 
     def read_late(self, donors: Sequence[str], *, epoch: int, first: str | None = None) -> torch.Tensor | None:
         """The averaged gradient that ended `epoch`, from one of `donors`; None if none of some has it.
@@ -97,15 +96,15 @@ class Catcher:
             return average
         return None
 
-    def download(self, *, min_epoch: int, stop: threading.Event, max_tries: int = MAX_STATE_TRIES) -> HeldState:
+    def download(self, *, min_epoch: int, stop: threading.Event) -> HeldState:
         """The swarm's state, checked against our model; StateUnavailable after some tries, or once `stop` is set."""
-        for attempt in range(max_tries):
+        for attempt in range(MAX_STATE_TRIES):
             if stop.wait(STATE_PAUSE_SECONDS * attempt):  # donors may be averaging: give them time to finish
                 break
             try:
                 state = download_state(
                     self._swarm, min_epoch=min_epoch, max_bytes=16 * self._holder.num_elements + (64 << 20),
-                    timeout_seconds=STATE_TIMEOUT_SECONDS, check=self._holder.check,
+                    timeout_seconds=STATE_TIMEOUT_SECONDS, check=self._holder.check, avoid=self._wire.out_of_step,
                 )  # fmt: skip
             except StateUnavailable as exc:
                 logger.warning("%s", exc)
@@ -113,6 +112,6 @@ class Catcher:
             logger.info("state downloaded epoch=%d donor=%s", state.epoch, state.donor)
             return state
         raise StateUnavailable(
-            f"no peer gave us the state of epoch {min_epoch} or later in {max_tries} tries; "
+            f"no peer gave us the state of epoch {min_epoch} or later in {MAX_STATE_TRIES} tries; "
             "are there full peers, or only clients?"
         )

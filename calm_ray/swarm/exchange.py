@@ -39,6 +39,9 @@ HANGUP_SECONDS = 10.0
 """For a caller that we refused, to go; and for one that has come, to say what it wants."""
 MAX_HAND_OUTS = 8
 """Peers that read an average from us at the same time. It competes with averaging; others have it, too."""
+MIN_HAND_OUT_SECONDS, MIN_READER_SPEED = 60.0, 100e3
+"""Whoever reads slower than so many bytes per second is given up: it holds one of few places."""
+MAX_CALLERS = 512
 CLOSE_CHECK_SECONDS = 0.1
 LINGER_CHECK_SECONDS = 1.0
 
@@ -83,7 +86,7 @@ class Exchange:
         if vector is not None and (vector.shape != (num_elements,) or vector.dtype != torch.float32):
             raise ValueError(f"vector of {vector.dtype} {tuple(vector.shape)}, expected float32 ({num_elements},)")
         if group.group_id.hex() in self._rounds.begun:
-            raise ValueError("this round is running already")
+            return RoundResult(outcome="failed", detail="the leader gives us a group that it had before")
         if (early := self._foregone(group)) is not None:
             return early
         assert self._p2p is not None, "serve first"
@@ -224,6 +227,9 @@ class Exchange:
         writer: asyncio.StreamWriter,
     ) -> None:
         stream = Stream(reader, writer, Traffic())
+        if len(self._handlers) >= MAX_CALLERS:
+            stream.abort()
+            return
         await self._handle(stream, self._hand_out_to(stream))
 
     async def _handle(self, stream: Stream, job: Coroutine[None, None, None]) -> None:
@@ -265,8 +271,13 @@ class Exchange:
         async with asyncio.timeout(HANGUP_SECONDS):
             request = decode(PartsRequest, await stream.receive_as(FrameKind.PARTS_REQUEST))
         stream.traffic = self._traffic.get(request.kind, stream.traffic)
-        async with self._hand_outs:
-            await hand_out_parts(stream, request, self._kept_for(request))
+        kept = self._kept_for(request)
+        if kept is None:
+            async with asyncio.timeout(HANGUP_SECONDS):
+                await hand_out_parts(stream, request, None)
+            return
+        async with self._hand_outs, asyncio.timeout(MIN_HAND_OUT_SECONDS + kept.num_bytes / MIN_READER_SPEED):
+            await hand_out_parts(stream, request, kept)
 
     def _kept_for(self, request: PartsRequest) -> Kept | None:
         kept = self._kept.get(request.kind)

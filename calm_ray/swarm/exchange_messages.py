@@ -13,6 +13,8 @@ from calm_ray.swarm.verdict import Outcome
 MAX_HEADER_BYTES = 256 * 1024
 """A header names each sender once: room for two thousand."""
 
+MAX_WEIGHT = 1e12
+
 GroupId = Annotated[str, Field(max_length=64, pattern="^[0-9a-f]*$")]
 PeerKey = Annotated[str, Field(max_length=128)]
 Reason = Annotated[str, Field(max_length=400)]
@@ -57,7 +59,7 @@ class Opening(Message):
 class Ending(Message):
     """A reducer, after its last part."""
 
-    weights: dict[PeerKey, float]
+    weights: dict[PeerKey, Annotated[float, Field(ge=0, le=MAX_WEIGHT)]]
     """Senders whose whole contribution was counted."""
     banned: dict[PeerKey, Reason]
 

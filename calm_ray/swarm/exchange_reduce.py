@@ -14,7 +14,7 @@ from calm_ray.swarm.exchange_messages import BadMessage, Ban, Ending, Failure, O
 from calm_ray.swarm.group import Group
 from calm_ray.swarm.part_codecs import BadPart, PartCodec, Vector
 from calm_ray.swarm.reducer import Reduction, ReductionFailed
-from calm_ray.swarm.verdict import Outcome
+from calm_ray.swarm.verdict import SLOW, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -184,12 +184,12 @@ class ReducerDesk:
         for peer in self.reduction.awaited():
             silent_since = self._heard_at.get(peer, self._called_for_at + limits.request_seconds)
             if now - silent_since > limits.chunk_seconds:
-                self._ban(peer, f"silent for {now - silent_since:.0f} s")
+                self._ban(peer, f"{SLOW}silent for {now - silent_since:.0f} s")
         incomplete = self.reduction.incomplete()
         num_complete = len(self.reduction.weights())
         if now - self._began > LATEST_SENDER * limits.round_seconds and num_complete >= self.reduction.quorum:
             for peer in incomplete:
-                self._ban(peer, f"not done after {now - self._began:.0f} s")
+                self._ban(peer, f"{SLOW}not done after {now - self._began:.0f} s")
 
     def ban(self, peer: str, reason: str) -> None:
         """Go on without what this sender still owes."""

@@ -39,6 +39,11 @@ class Kept:
     collection: Collection
     digest: str = ""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what there is to hand out now."""
+        return sum(len(payload) for payload in self.collection.encoded if payload is not None)
+
 
 async def hand_out_parts(stream: Stream, request: PartsRequest, kept: Kept | None) -> None:
     """Answer a request with what is there now, then wait for the caller to hang up."""

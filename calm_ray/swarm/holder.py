@@ -107,10 +107,6 @@ class StateHolder:
         while self._schedule._step_count <= epoch:  # as hivemind's state averager counts
             self._schedule.step()
 
-    def norm(self) -> float:
-        with single_threaded():
-            return float(torch.linalg.vector_norm(self.flat_parameters))
-
     def copy_to_model(self) -> None:
         """Give the model the held parameters. For the thread that computes with the model."""
         if not self.is_offloaded:

@@ -40,18 +40,18 @@ class Calls:
 
 async def unless_called(asking: Coroutine[Any, Any, T], calls: Calls, *, key: Key, leader: str) -> T | str:
     """What `asking` gives; or who calls us to `key` while `leader`, whom we ask, is silent: it may be dead."""
-    task = asyncio.create_task(asking)
+    task, calling = asyncio.create_task(asking), asyncio.create_task(calls.wait())
     try:
         while True:
-            calling = asyncio.create_task(calls.wait())
             await asyncio.wait({task, calling}, return_when=asyncio.FIRST_COMPLETED)
-            calling.cancel()
             if task.done():
                 return task.result()
             if (caller := calls.take(key)) not in (None, leader):
                 return caller
+            calling = asyncio.create_task(calls.wait())
     finally:
         task.cancel()
+        calling.cancel()
 
 
 def understand(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 PART_BYTES = 512 << 10
-"""Of one encoded part, hivemind's size too."""
+"""Of a stream's window, more or less, and of a part on hivemind's wire: what a sender may have under way between two
+signs of life."""
 MAX_ROUND_SECONDS = 3600.0
 
 _GRACE_SHARE = 0.2

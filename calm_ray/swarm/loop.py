@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
@@ -28,10 +27,6 @@ class EventLoopThread:
         except FutureTimeoutError:
             future.cancel()
             raise
-
-    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Start `coroutine` and go on."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._ensure_loop())
 
     def _ensure_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:

@@ -3,8 +3,9 @@
 hivemind's peers announce themselves in the DHT, poll it for others, and follow whoever expires first: with starts some
 seconds apart, groups fall into pieces (3 + 2 of 5), and an epoch cannot be shorter than the polling. Here the leader of
 a round follows from what all know: full peers ranked by a hash of run, round and peer id. Whoever cannot reach the
-first asks the next; a leader that learns of a better one sends its followers there. Ranks only ever decrease along the
-way, so nobody waits in a circle. Cost: one request per member and round, and N members of about 70 bytes to each of N.
+first asks the next; a leader calls those who do not come, and sends its followers to a better one that it learns of.
+Whoever follows somebody sends its own followers there, and takes no word to ask itself: nobody waits in a circle. Cost:
+one request and at most one call per member and round, and N members of about 70 bytes to each of N.
 """
 
 import asyncio
@@ -66,6 +67,7 @@ class Matchmaker(ServicerBase):
         self._gatherings: dict[Key, Gathering] = {}
         self._leaders: dict[Key, str] = {}
         self._calls_to_us = Calls()
+        self._ceiling: RoundLimits
         self._suspects: dict[str, float] = {}
         self._unreachable: dict[str, float] = {}
         self._closed_states: set[int] = set()
@@ -88,6 +90,7 @@ class Matchmaker(ServicerBase):
     async def rpc_join_round(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
         """Answer `refused`, `over`, `redirect`, or `accepted` and then `begin`. The caller hangs up."""
         peer_id = context.remote_id.to_base58()
+        self._unreachable.pop(peer_id, None)
         try:
             ticket = unpack_ticket(request.value)
         except Malformed as exc:
@@ -146,10 +149,12 @@ class Matchmaker(ServicerBase):
 
     async def rpc_call_round(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """A leader says that a round is due: those whose view of the swarm is older hear of it at once."""
+        leader = context.remote_id.to_base58()
+        self._unreachable.pop(leader, None)
         with contextlib.suppress(Malformed):
             fields = unpack(request.value)
             if fields.get("epoch") == self._epoch():
-                self._note_call((fields.get("kind"), self._epoch()), context.remote_id.to_base58())
+                self._note_call((fields.get("kind"), self._epoch()), leader)
         return BytesValue(value=pack(epoch=self._epoch(), active=list(self._active or ())))
 
     def _note_call(self, key: Any, leader: str) -> None:
@@ -197,13 +202,14 @@ class Matchmaker(ServicerBase):
 
     async def find(
         self, ticket: Ticket, *, candidates: Callable[[], Iterable[str]], expected: Callable[[], Mapping[str, bool]],
-        limits: RoundLimits,
+        limits: RoundLimits, ceiling: RoundLimits | None = None,
     ) -> Group:  # fmt: skip
         """The group of (ticket.kind, ticket.epoch). Raises NoGroup, or Behind if others are past it.
 
         `candidates`: full peers, in any order; `expected`: peers that should come, and whether they can be called.
-        Both are asked again and again.
+        Both are asked again and again. `ceiling`: what a leader may ask for on behalf of the slowest, times some.
         """
+        self._ceiling = ceiling or limits
         key: Key = (ticket.kind, ticket.epoch)
         self._followed = None
         self._unreachable = {peer: until for peer, until in self._unreachable.items() if until > time.monotonic()}
@@ -215,6 +221,8 @@ class Matchmaker(ServicerBase):
                     group = await self._lead(ticket, key, candidates, expected, limits, deadline)
                 if group is not None:
                     self._active = key
+                    for member in group.members:
+                        self._unreachable.pop(member.peer_id, None)
                     return group
                 if time.monotonic() >= deadline:
                     alone = self._is_served or any(True for _ in candidates())
@@ -264,6 +272,7 @@ class Matchmaker(ServicerBase):
             if isinstance(answer, str):
                 return answer
             stream, fields = answer
+            self._unreachable.pop(leader, None)
             if fields.get("type") == "accepted":
                 self._leaders[key] = leader
                 self._close(key, _message("redirect", to=leader).value)
@@ -271,7 +280,7 @@ class Matchmaker(ServicerBase):
                 async with asyncio.timeout(patience):
                     fields = unpack((await anext(stream)).value)
                 self._calls_to_us.take(key)  # our leader's own
-            return understand(fields, leader=leader, key=key, own_peer_id=self._own_id, limits=limits)
+            return understand(fields, leader=leader, key=key, own_peer_id=self._own_id, limits=self._ceiling)
         except Behind:
             raise
         except Exception as exc:  # noqa: BLE001  whatever a stranger's peer does, it is not our leader

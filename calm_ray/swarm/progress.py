@@ -12,6 +12,7 @@ and signature, and up to six nodes answer a read with all of them: 37 kB at N = 
 swarm. The time between two reads grows with N to bound that.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
 from calm_ray.swarm.node import NARROW_READ, NARROW_WRITE
+from calm_ray.swarm.records import owner_of
 
 MIN_REPORT_SECONDS, MAX_REPORT_SECONDS = 0.5, 5.0
 REPORTS_PER_EPOCH = 8
@@ -37,6 +39,24 @@ renew a record before others forget it."""
 LIVE_SECONDS = 15.0
 """A trainer whose last record is older than this, and than three pauses, is not waited for. Records come with
 micro-batches."""
+
+
+def _by_peer(entries: Mapping[Any, Any]) -> dict[str, LocalTrainingProgress]:
+    """Records by the peer they speak of. One that this peer signed itself wins; a bare peer signs with another key."""
+    found: dict[str, LocalTrainingProgress] = {}
+    own: set[str] = set()
+    for subkey, entry in entries.items():
+        if entry.value is None:
+            continue
+        record = LocalTrainingProgress.parse_obj(entry.value)
+        peer_id = PeerID(record.peer_id).to_base58()
+        with contextlib.suppress(ValueError):
+            if owner_of(subkey) == peer_id:
+                own.add(peer_id)
+                found[peer_id] = record
+        if peer_id not in own:
+            found[peer_id] = record
+    return found
 
 
 class _NarrowReads:
@@ -123,6 +143,11 @@ class ProgressTracker(_ProgressTracker):
             self._last_write = now
             self.should_report_progress.set()
 
+    def renew(self) -> None:
+        """We are alive, in a round: say so, with what we said last."""
+        self.local_progress = self.local_progress.copy(update={"time": get_dht_time()})
+        self.should_report_progress.set()
+
     def begin_epoch(self, epoch: int, *, samples_accumulated: int = 0) -> None:
         """We have stepped, or loaded a state: count towards `epoch` from now on."""
         now = get_dht_time()
@@ -153,7 +178,7 @@ class ProgressTracker(_ProgressTracker):
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
         entries = dict(list(metadata.items())[:MAX_RECORDS]) if isinstance(metadata, Mapping) else {}
         present = [entry.value for entry in entries.values() if entry.value is not None]
-        self.records = {PeerID(r.peer_id).to_base58(): r for r in map(LocalTrainingProgress.parse_obj, present)}
+        self.records = _by_peer(entries)
         if get_dht_time() < self._disbelieved_until:  # whoever wrote it is there all the same
             entries = {k: e for k, e in entries.items() if not e.value or e.value["epoch"] < self._disbelieved}
             present = [entry.value for entry in entries.values() if entry.value is not None]

@@ -2,7 +2,8 @@
 
 It is hivemind's own record (`{run_id}_state_averager.all_averagers`, subkey = peer id, value = priority), so newcomers
 of either kind find donors in it. The priority is the epoch, plus one half for auxiliary peers: they have no gradients
-to compute, so they are asked first. Cost: each peer reads one record of N entries every `refresh_seconds`.
+to compute, so they are asked first. Cost: each peer reads one record of N entries every `refresh_seconds`,
+or less often in a large swarm.
 """
 
 import logging
@@ -26,6 +27,8 @@ LIFETIME_SECONDS = 60.0
 RENEW_SECONDS = 20.0
 MIN_PAUSE_SECONDS = 1.0
 """Between two of our own writes: an epoch may be shorter than that."""
+PAUSE_SECONDS_PER_PEER = 0.02
+"""Each peer reads what all wrote, so the time between two reads grows with their number."""
 MAX_PEERS = 4096
 
 
@@ -118,7 +121,7 @@ class Roster:
             if is_last:
                 return
             self._read_once()
-            has_waiters = self._wake.wait(self._refresh_seconds)
+            has_waiters = self._wake.wait(max(self._refresh_seconds, PAUSE_SECONDS_PER_PEER * len(self._holders)))
             self._wake.clear()
             if has_waiters and offered is not None and time.monotonic() < written_at + MIN_PAUSE_SECONDS:
                 self._stop.wait(0.2)

@@ -9,7 +9,6 @@ computing thread, keeps two forked processes that exchange tensors with it throu
 round went. See docs/decisions/0004.
 """
 
-import hashlib
 import logging
 import random
 import threading
@@ -31,7 +30,7 @@ from calm_ray.swarm.progress import ProgressTracker
 from calm_ray.swarm.roster import Roster
 from calm_ray.swarm.sketch import Sketch
 from calm_ray.swarm.tally import RoundTally
-from calm_ray.swarm.verdict import RoundResult
+from calm_ray.swarm.verdict import RoundResult, digest_of
 from calm_ray.swarm.wires import Behind, StockWire, Wire
 from calm_ray.tables import AveragingTable
 
@@ -281,9 +280,12 @@ class SwarmOptimizer:
     def _take(self) -> tuple[torch.Tensor, float] | None:
         """What we bring, at the moment the group stands. Until the round is over nobody downloads our state."""
         self.stage = Stage.AVERAGE
+        deadline = time.monotonic() + self._wire.lead_seconds  # a group may be found ahead of time, as bare peers do
+        while time.monotonic() < deadline and not self.tracker.is_epoch_full and not self._stop.is_set():
+            if self.tracker.global_epoch > self._epoch:
+                break
+            time.sleep(POLL_SECONDS)
         self._donor.pause()
-        while self._wire.lead_seconds and not self.tracker.is_epoch_full and not self._stop.is_set():
-            time.sleep(POLL_SECONDS)  # the group was found ahead of time, as bare peers do
         if self._intake is None:
             return None
         self._intake.park()
@@ -300,7 +302,12 @@ class SwarmOptimizer:
 
     def _end_epoch_alone(self, epoch: int) -> None:
         """Nobody else is there: the swarm is we. An auxiliary peer then has nothing to step with."""
-        if self._intake is None or (taken := self._take()) is None:
+        taken = self._take()
+        if self._intake is None or taken is None:
+            self._donor.resume()
+            self._not_before = time.monotonic() + BACKOFF_SECONDS
+            if self._intake is not None:
+                self._intake.settle(is_used=False)
             return
         vector, weight = taken
         result = RoundResult(
@@ -315,10 +322,11 @@ class SwarmOptimizer:
     def _step(self, epoch: int, average: torch.Tensor) -> None:
         self.stage = Stage.STEP
         if not self.holder.step(average):
-            self.rounds.by_outcome["non_finite"] += 1
             logger.warning("epoch=%d not stepped: the averaged gradient's norm is not finite", epoch)
-        self._maybe_average_state(epoch + 1)
-        self._publish()
+        try:
+            self._maybe_average_state(epoch + 1)
+        finally:
+            self._publish()
         if self._wire.is_out_of_step:
             logger.warning("epoch=%d our parameters are not the swarm's: downloading its state", epoch)
             self._download(min_epoch=self._epoch)
@@ -333,7 +341,6 @@ class SwarmOptimizer:
             result = self._wire.average("state", epoch, self._take_state)
         except Behind:
             result = RoundResult(outcome="failed", detail="others have averaged without us")
-        self.rounds.state_by_outcome[result.outcome] += 1
         self._wire.close_state_round(epoch)
         logger.info("state round epoch=%d outcome=%s group_size=%d", epoch, result.outcome, result.group_size)
         if result.average is not None:
@@ -387,8 +394,3 @@ class SwarmOptimizer:
         self.rounds.num_resyncs += not self._is_first_state
         self._is_first_state = False
         self._publish()
-
-
-def digest_of(vector: torch.Tensor) -> str:
-    """SHA-256 (hex) of a flat fp32 vector, little-endian as all machines we run on."""
-    return hashlib.sha256(vector.contiguous().numpy().tobytes()).hexdigest()

@@ -134,12 +134,3 @@ def standing(sketch: Sketch, *, reference: Sketch, tolerance: float = TOLERANCE)
     if distance > tolerance:
         return "out_of_step"
     return "drifting" if distance else "in_step"
-
-
-def judge(own: Sketch, sketches: Sequence[Sketch], *, tolerance: float = TOLERANCE) -> Standing:
-    """Where `own` stands among `sketches`, those of all peers at the same epoch, our own among them.
-
-    Of two that disagree nobody can say who is right, but both say the same. For many peers in turn, use `reference_of`
-    once, and `standing`.
-    """
-    return standing(own, reference=reference_of(sketches, tolerance=tolerance), tolerance=tolerance)

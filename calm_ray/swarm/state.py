@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,16 +41,19 @@ class TrainingState(HeldState):
 
 def download_state(
     swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float, only_from: str | None = None,
+    avoid: Collection[str] = (),
     check: Callable[[TrainingState], None] = lambda state: None,
 ) -> TrainingState:  # fmt: skip
     """Ask donors, auxiliary peers first; StateUnavailable with what each said if none gives a usable state.
 
     `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor. `only_from`
-    names the one donor to ask. `check` raises to refuse a state: a donor that claims the newest epoch and sends rubbish
-    is asked first each time, and must not keep us from the others.
+    names the one donor to ask, `avoid` some not to ask. `check` raises to refuse a state: a donor that claims the
+    newest epoch and sends rubbish is asked first each time, and must not keep us from the others.
     """
     problems = []
     for donor in _donors(swarm, only_from=only_from):
+        if donor in avoid:
+            continue
         try:
             download = partial(_download, donor=PeerID.from_base58(donor), run_id=swarm.run_id, max_bytes=max_bytes)
             state = swarm.call(download, timeout_seconds=timeout_seconds)

@@ -1,14 +1,12 @@
 """What a peer counts about its rounds, and the one line that it logs of each."""
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from calm_ray.swarm.verdict import RoundResult
 
 logger = logging.getLogger(__name__)
-
-NUM_KEPT = 64
 
 
 @dataclass(kw_only=True)
@@ -17,13 +15,10 @@ class RoundTally:
 
     by_outcome: Counter[str] = field(default_factory=Counter)
     """Gradient rounds by `verdict.Outcome`."""
-    state_by_outcome: Counter[str] = field(default_factory=Counter)
-    """Rounds that averaged parameters."""
     last: RoundResult | None = None
     """The last gradient round, without its vectors."""
     last_epoch: int = 0
     last_group_size: int = 0
-    group_sizes: deque[int] = field(default_factory=lambda: deque(maxlen=NUM_KEPT))
     samples_averaged: int = 0
     """Our samples that went into true rounds: what a volunteer contributed."""
     samples_dropped: int = 0
@@ -39,7 +34,6 @@ class RoundTally:
         self.by_outcome[result.outcome] += 1
         self.last, self.last_epoch = replace(result, average=None, residual=None), epoch
         self.last_group_size = result.group_size
-        self.group_sizes.append(result.group_size)
         if is_counted:
             self.samples_averaged += num_samples
         logger.info(

@@ -1,5 +1,6 @@
 """How a round ended, as one peer saw it. Pure."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,9 @@ import torch
 Outcome = Literal[
     "averaged", "alone", "only_clients", "timeout", "non_finite", "partial", "zero_weight", "failed"
 ]  # fmt: skip
+
+SLOW = "slow: "
+"""How the reason begins with which somebody was left out who may be sound, and only late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +44,8 @@ class RoundResult:
     @property
     def is_true(self) -> bool:
         return self.outcome == "averaged" and self.average is not None
+
+
+def digest_of(vector: torch.Tensor) -> str:
+    """SHA-256 (hex) of a flat fp32 vector, little-endian as all machines we run on."""
+    return hashlib.sha256(vector.contiguous().numpy().tobytes()).hexdigest()

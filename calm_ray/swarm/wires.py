@@ -1,6 +1,6 @@
 """What the step controller needs of a wire, and hivemind's wire behind it. Our own is in `averaging.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import torch
@@ -46,6 +46,8 @@ class Wire(Protocol):
 
     @property
     def is_out_of_step(self) -> bool: ...
+    @property
+    def out_of_step(self) -> Collection[str]: ...
     def is_state_due(self, epoch: int) -> bool: ...
     def close_state_round(self, epoch: int) -> None: ...
     def forget_group(self) -> None: ...
@@ -61,6 +63,7 @@ class StockWire:
     """
 
     is_out_of_step = False
+    out_of_step: Collection[str] = ()
 
     def __init__(
         self, swarm: Swarm, *, shapes: list[torch.Size], table: AveragingTable, max_weight: float,
@@ -92,7 +95,7 @@ class StockWire:
         return self._stock.average(kind, epoch, take, timeout_seconds=timeout)
 
     def is_state_due(self, epoch: int) -> bool:
-        return epoch % self._table.average_state_every == 0
+        return epoch % self._table.average_state_every == 0 and self.has_company()
 
     def close_state_round(self, epoch: int) -> None: ...
     def forget_group(self) -> None: ...

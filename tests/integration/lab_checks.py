@@ -38,8 +38,15 @@ def assert_every_change_is_a_true_round(peers: Mapping[str, Events]) -> int:
     """No silent local step: parameters change by the average of a true round, and by what is loaded from others.
 
     Each step's gradient must be the average that some round of that epoch ended with, as told by its digest; between
-    two changes the parameters must stay what they were. Return the number of steps checked.
+    two changes the parameters must stay what they were. What is loaded must be what somebody came to by steps. Return
+    the number of steps checked.
     """
+    made = {
+        (event["epoch"], event["digest"])
+        for events in peers.values()
+        for event in of_kind(events, "parameters")
+        if event["by"] != "load"
+    }
     digests = {epoch: event["digest"] for epoch, event in true_rounds(peers.values()).items()}
     num_steps = 0
     for name, events in peers.items():
@@ -51,6 +58,8 @@ def assert_every_change_is_a_true_round(peers: Mapping[str, Events]) -> int:
                 continue
             assert before in (None, event["before"]), f"{name}: parameters changed by themselves before {event}"
             before = event["digest"]
+            if event["by"] == "load":
+                assert (event["epoch"], event["digest"]) in made, f"{name}: loaded what nobody came to: {event}"
             if event["by"] == "step":
                 epoch = event["epoch"] - 1
                 assert event["given"] == digests.get(epoch), f"{name}: a step of its own at the end of epoch {epoch}"

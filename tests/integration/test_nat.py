@@ -197,7 +197,7 @@ def test_volunteer_behind_nat_contributes_epoch_after_epoch(swarm: NatSwarm, nam
 
 @pytest.mark.parametrize("name", ["auxiliary", *VOLUNTEERS])
 def test_every_round_is_counted_as_it_ended_and_none_without_data_as_whole(swarm: NatSwarm, name: str) -> None:
-    """Stock hivemind reports a round of NATed peers in which 0 % came back as a success (facts/hivemind.md 1)."""
+    """Stock hivemind reports a round of NATed peers in which 0 % came back as a success."""
     rounds: list[Round] = []
 
     def report_agrees_with_log() -> bool:

@@ -1,7 +1,7 @@
 """What stock hivemind 1.1.12 does in a round, and what we do: each pitfall twice, by real processes.
 
 The stock halves fail the day that hivemind mends them: then what we do about it can go. Ours are on hivemind's wire
-here, beside it; on our own wire they are in `tests/unit/swarm/test_exchange.py` and `test_exchange_faults.py`.
+here, beside it; on our own wire they are in `tests/unit/swarm/test_exchange*.py`.
 """
 
 from typing import Any

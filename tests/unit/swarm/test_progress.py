@@ -5,9 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.optim import progress_tracker as stock
 from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration
+from hivemind.utils.crypto import RSAPrivateKey
 
 from calm_ray.swarm import progress
 from calm_ray.swarm.progress import (
@@ -18,6 +20,7 @@ from calm_ray.swarm.progress import (
     MIN_REPORTED_SHARE,
     ProgressTracker,
 )
+from calm_ray.swarm.records import owner_of
 
 TARGET = 100
 CLIENT, FULL = True, False
@@ -187,6 +190,22 @@ def test_larger_swarm_reads_and_writes_less_often_and_is_patient(clock: Clock) -
     for found in (small, large):
         found.report(epoch=1, samples_accumulated=1)
     assert [is_written(found) for found in (small, large)] == [True, False]
+
+
+def test_record_that_its_peer_signed_wins_over_what_others_say_of_it(clock: Clock) -> None:
+    """Else a stranger's record would make a live peer dead to everybody. Bare peers sign with keys of their own."""
+    key = RSAPrivateKey()
+    subkey = RSASignatureValidator(key).local_public_key
+    peer_id = PeerID.from_base58(owner_of(subkey)).to_bytes()
+    true = {**record(0, (3, 10, FULL)), "peer_id": peer_id}
+    lie = {**true, "time": 0.0, "client_mode": True}
+    bare = record(1, (3, 10, FULL))
+    for order in (1, -1):
+        found = tracker()
+        entries = [(b"a stranger's key", lie), (subkey, true), (b"a bare peer's key", bare)][::order]
+        found._parse_swarm_progress_data({k: ValueWithExpiration(value, START + 60) for k, value in entries})
+        assert found.records[PeerID(peer_id).to_base58()].time == START
+        assert len(found.records) == 2
 
 
 # --- what we write ---------------------------------------------------------------------------------------------------

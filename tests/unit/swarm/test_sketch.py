@@ -3,6 +3,7 @@
 import math
 import struct
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from calm_ray.swarm.sketch import (
     TOLERANCE,
     WIRE_BYTES,
     Sketch,
-    judge,
     reference_of,
     relative_distance,
+    standing,
 )
 
 
@@ -111,6 +112,11 @@ def test_sketch_as_bytes_and_back_is_the_same() -> None:
 def test_bytes_that_are_no_sketch_are_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="sketch"):
         Sketch.from_bytes(data)
+
+
+def judge(own: Sketch, sketches: Sequence[Sketch], *, tolerance: float = TOLERANCE) -> str:
+    """Where one of some peers stands among all of them, as a leader sees it."""
+    return standing(own, reference=reference_of(sketches, tolerance=tolerance), tolerance=tolerance)
 
 
 def test_judge_among_equal_peers_says_in_step() -> None:
