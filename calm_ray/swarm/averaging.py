@@ -99,7 +99,9 @@ class OwnAveraging:
             if is_live and (record.epoch >= epoch or record.time < self._tracker.began_at + RECORD_LAG_SECONDS):
                 expected[peer] = not record.client_mode
         for peer, holder in self._roster.holders.items():
-            if holder.is_auxiliary and abs(holder.epoch - epoch) <= 1 and holder.epoch > self._absent.get(peer, -1.0):
+            is_known = not holder.is_auxiliary and peer in self._tracker.records  # else it has only just come
+            is_here = abs(holder.epoch - epoch) <= 1 and holder.epoch > self._absent.get(peer, -1.0)
+            if is_here and not is_known:
                 expected[peer] = True
         expected.pop(self._swarm.peer_id, None)
         return expected

@@ -1,7 +1,7 @@
 """For a peer that missed something: the one average that it lacks, or the whole state.
 
-Anybody can claim an epoch. A claim is believed if about as many make it as stand where we do. One that only few make
-costs us some seconds, once in a while, and never the run.
+Anybody can claim an epoch. A claim is believed if about as many make it as stand where we do, or if two show the same
+average that led to it. Another one costs us some seconds, once in a while, and never the run.
 """
 
 import logging
@@ -18,6 +18,7 @@ from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.progress import ProgressTracker
 from calm_ray.swarm.roster import Roster
 from calm_ray.swarm.state import download_state
+from calm_ray.swarm.verdict import digest_of
 from calm_ray.swarm.wires import Wire
 
 logger = logging.getLogger(__name__)
@@ -44,24 +45,26 @@ class Catcher:
     def find(self, claimed: int, *, hint: str | None, stop: threading.Event) -> torch.Tensor | HeldState | None:
         """What brings us to the epoch that others claim: the average that we lack, or a state.
 
-        `hint` is a peer that told us of it. None if only few claim it, or nobody who could show it: a round needs most
-        of a swarm, so most know of its end. StateUnavailable if they are many: we are then the ones who are lost.
+        `hint` is a peer that told us of it. None if only few claim it and no two of them can show the same average; or
+        if nobody could show anything. StateUnavailable if they are many: we are then the ones who are lost.
         """
         own = self._holder.epoch
-        if ahead := self._many_ahead(own, claimed=claimed, hint=hint, stop=stop):
-            if claimed == own + 1 and (average := self.read_late(ahead, epoch=own, first=hint)) is not None:
+        donors, are_many = self._ahead(own, claimed=claimed, hint=hint, stop=stop)
+        if claimed == own + 1 and donors:
+            average = self.read_late(donors, epoch=own, first=hint, must_agree=not are_many)
+            if average is not None:
                 return average
+        if are_many:
             return self.download(min_epoch=own + 1, stop=stop)
-        if stop.is_set():
-            return None
-        logger.warning("epoch %d is claimed, and not by most: going on at %d", claimed, own)
-        self._tracker.disbelieve(claimed, seconds=DISBELIEVE_SECONDS)
-        if hint is not None:
-            self._wire.distrust(hint)
+        if not stop.is_set():
+            logger.warning("epoch %d is claimed, and not by most: going on at %d", claimed, own)
+            self._tracker.disbelieve(claimed, seconds=DISBELIEVE_SECONDS)
+            if hint is not None:
+                self._wire.distrust(hint)
         return None
 
-    def _many_ahead(self, own: int, *, claimed: int, hint: str | None, stop: threading.Event) -> list[str]:
-        """Those who offer to show an epoch past `own`, if not fewer than those who stand where we do; else nobody.
+    def _ahead(self, own: int, *, claimed: int, hint: str | None, stop: threading.Event) -> tuple[list[str], bool]:
+        """Those who offer to show an epoch past `own`, and whether not fewer claim one than stand where we do.
 
         Records of the same moment are read at different times, so this waits a little for them to agree.
         """
@@ -75,22 +78,30 @@ class Catcher:
             with_us |= {peer for peer, holder in holders.items() if holder.epoch in (own - 1, own)}
             num_with_us = len(with_us - past - {self._swarm.peer_id})
             # One step ahead, half are enough: a member of a round of two out of three may have died since.
-            if donors and len(past) >= num_with_us + (claimed > own + 1):
-                return sorted(donors)
-            if time.monotonic() >= deadline or stop.wait(ROSTER_PAUSE_SECONDS):
-                return []
+            are_many = bool(donors) and len(past) >= num_with_us + (claimed > own + 1)
+            could_agree = claimed == own + 1 and len(donors) >= 2
+            if are_many or could_agree or time.monotonic() >= deadline or stop.wait(ROSTER_PAUSE_SECONDS):
+                return sorted(donors), are_many
 
-    def read_late(self, donors: Sequence[str], *, epoch: int, first: str | None = None) -> torch.Tensor | None:
+    def read_late(
+        self, donors: Sequence[str], *, epoch: int, first: str | None = None, must_agree: bool = False
+    ) -> torch.Tensor | None:
         """The averaged gradient that ended `epoch`, from one of `donors`; None if none of some has it.
 
-        A sixth of the state's bytes in fp16 with AdamW, and the step gives the very bits of those who were there.
+        `must_agree`: only if another of them stepped with the same one. A sixth of the state's bytes in fp16 with
+        AdamW, and the step gives the very bits of those who were there.
         """
         shuffled = random.sample(list(donors), len(donors))
+        seen: set[str] = set()
         for donor in sorted(shuffled, key=lambda donor: donor != first)[:MAX_LATE_DONORS]:
             try:
                 average = self._wire.fetch_last(donor, epoch=epoch)
             except Exception as exc:  # noqa: BLE001  one donor's failure of any kind: ask the next
                 logger.info("late read epoch=%d donor=%s problem=%r", epoch, donor, exc)
+                continue
+            digest = digest_of(average)
+            if must_agree and digest not in seen:
+                seen.add(digest)
                 continue
             logger.info("late read epoch=%d donor=%s", epoch, donor)
             return average

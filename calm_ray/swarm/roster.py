@@ -29,6 +29,8 @@ MIN_PAUSE_SECONDS = 1.0
 """Between two of our own writes: an epoch may be shorter than that."""
 PAUSE_SECONDS_PER_PEER = 0.02
 """Each peer reads what all wrote, so the time between two reads grows with their number."""
+EARLY_SECONDS = 60.0
+"""Many peers start together, and those who know few others take them for the swarm: read often at first."""
 MAX_PEERS = 4096
 
 
@@ -111,7 +113,7 @@ class Roster:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        written, written_at = None, 0.0
+        written, written_at, born_at = None, 0.0, time.monotonic()
         while True:
             is_last = self._stop.is_set()
             offered = self._offer()
@@ -121,7 +123,8 @@ class Roster:
             if is_last:
                 return
             self._read_once()
-            has_waiters = self._wake.wait(max(self._refresh_seconds, PAUSE_SECONDS_PER_PEER * len(self._holders)))
+            pause = self._refresh_seconds if time.monotonic() > born_at + EARLY_SECONDS else MIN_PAUSE_SECONDS
+            has_waiters = self._wake.wait(max(pause, PAUSE_SECONDS_PER_PEER * len(self._holders)))
             self._wake.clear()
             if has_waiters and offered is not None and time.monotonic() < written_at + MIN_PAUSE_SECONDS:
                 self._stop.wait(0.2)

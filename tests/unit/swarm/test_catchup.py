@@ -44,7 +44,7 @@ class Swarm:
         self.read.append(donor)
         if donor == "silent":
             raise StateUnavailable("no")
-        return AVERAGE
+        return AVERAGE if donor != "other" else 2 * AVERAGE
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +76,23 @@ def test_state_is_loaded_when_most_are_further_or_nobody_has_the_average() -> No
     assert find(Swarm(holders={"silent": OWN + 1}, trainers={}), OWN + 1) is STATE
 
 
+def test_few_who_show_the_same_average_are_believed() -> None:
+    """At the start of a run some may take themselves for the whole swarm, and step first."""
+    with_us = dict.fromkeys("abcde", OWN)
+    swarm = Swarm(holders={"x": OWN + 1, "y": OWN + 1}, trainers=with_us)
+    assert find(swarm, OWN + 1) is AVERAGE
+    assert sorted(swarm.read) == ["x", "y"]
+    disagreeing = Swarm(holders={"x": OWN + 1, "other": OWN + 1}, trainers=with_us)
+    assert find(disagreeing, OWN + 1) is None
+    assert sorted(disagreeing.read) == ["other", "x"]
+
+
 @pytest.mark.parametrize("claimed", [OWN + 1, 10**6])
-def test_what_few_claim_is_not_asked_for(claimed: int) -> None:
-    """It would be an average, or a state, that somebody made up."""
+def test_what_one_claims_is_not_believed(claimed: int) -> None:
+    """It would be an average, or a state, that it made up."""
     swarm = Swarm(holders={"liar": claimed, "aux": OWN}, trainers={"liar": claimed, "a": OWN, "b": OWN - 1})
     assert find(swarm, claimed, hint="liar") is None
-    assert (swarm.read, swarm.disbelieved, swarm.distrusted) == ([], [claimed], ["liar"])
+    assert (set(swarm.read) - {"liar"}, swarm.disbelieved, swarm.distrusted) == (set(), [claimed], ["liar"])
 
 
 def test_claim_far_ahead_takes_more_than_half() -> None:
