@@ -15,7 +15,7 @@ KEY: Key = ("gradients", 7)
 
 
 async def answer_after(seconds: float) -> int:
-    await asyncio.sleep(seconds)
+    await asyncio.sleep(seconds)  # sleep: the leader takes its time
     return 1
 
 
@@ -55,7 +55,7 @@ def test_nothing_is_left_of_a_request_that_timed_out() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.01):
                     await unless_called(answer_after(60), Calls(), key=KEY, leader="asked")
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # sleep: lets what was cancelled end
         return len(asyncio.all_tasks())
 
     assert asyncio.run(test()) == 1
