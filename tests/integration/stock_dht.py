@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import hivemind
@@ -112,7 +113,8 @@ def ours_other_model(nodes: Nodes) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(catchup, "STATE_PAUSE_SECONDS", 0.1)
         unused: Any = None
-        catcher = catchup.Catcher(newcomer, holder=ours, wire=unused, tracker=unused, roster=roster)
+        wire: Any = SimpleNamespace(out_of_step=())
+        catcher = catchup.Catcher(newcomer, holder=ours, wire=wire, tracker=unused, roster=roster)
         try:
             catcher.download(min_epoch=0, stop=threading.Event())
         except StateUnavailable as exc:
