@@ -54,7 +54,7 @@ def _take_up_state(context: PeerContext, optimizer: SwarmOptimizer, *, names: Se
     if spec.resume is not None:
         context.tell("joining", f"reading the checkpoint in {spec.resume}")
         saved = saved_state(spec.resume, run=context.run, bundle=context.bundle, names=names)
-    if spec.bundle is None:  # the first peer of a swarm has nobody to ask
+    if not context.is_first:
         optimizer.wait_for_swarm(timeout_seconds=FIRST_FETCH_SECONDS)
     if optimizer.swarm_epoch >= max(1, saved.epoch if saved is not None else 0):
         context.tell("joining", f"downloading the state of epoch {optimizer.swarm_epoch}")

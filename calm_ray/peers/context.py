@@ -14,6 +14,7 @@ from calm_ray.bundle import open_bundle
 from calm_ray.config import RunTable
 from calm_ray.errors import SwarmUnreachable
 from calm_ray.invite import Invite, decode_invite
+from calm_ray.peers.known import MAX_KEPT, KnownPeers, listen_with_port, load_known, save_known
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
 from calm_ray.report import PeerReport, State, encode
@@ -32,6 +33,8 @@ class PeerContext:
     swarm: Swarm
     run: RunTable
     bundle: Path
+    is_first: bool
+    """Nobody was there to join: we are the swarm's first peer."""
 
     def __init__(self, spec: PeerSpec, *, status_fd: int) -> None:
         self.spec = spec
@@ -49,9 +52,9 @@ class PeerContext:
         """Get the bundle and become a member of the DHT. Raises the errors of `receive` and `Swarm.join`."""
         spec = self.spec
         if spec.bundle is not None:
-            self.bundle = spec.bundle
-            initial_peers: tuple[str, ...] = ()
-            listen, announce, is_client = spec.peer.listen, spec.peer.announce, False
+            self.bundle, self._known = spec.bundle, load_known(spec.folder)
+            initial_peers = self._known.live()
+            listen, announce, is_client = self._known.free_listen(spec.peer.listen), spec.peer.announce, False
         else:
             assert spec.invite is not None
             invite = decode_invite(spec.invite)
@@ -63,13 +66,17 @@ class PeerContext:
             is_client = not (reception.is_reachable or spec.reach == "public")
             self.tell("joining", reception.verdict)
         _, self.run = open_bundle(self.bundle)
-        self.swarm = Swarm.join(
-            self.run.run_id,
-            initial_peers=initial_peers,
-            options=NodeOptions(
-                is_client_mode=is_client, listen=listen, announce=announce, identity_path=spec.identity_path
-            ),
+        options = NodeOptions(
+            is_client_mode=is_client, listen=listen, announce=announce, identity_path=spec.identity_path
         )
+        try:
+            self.swarm = Swarm.join(self.run.run_id, initial_peers=initial_peers, options=options)
+        except SwarmUnreachable:
+            if spec.bundle is None or not initial_peers:
+                raise
+            initial_peers = ()  # somebody else has those addresses now
+            self.swarm = Swarm.join(self.run.run_id, initial_peers=(), options=options)
+        self.is_first = not initial_peers
         self._update(
             run_id=self.run.run_id, peer_id=self.swarm.peer_id, is_client_mode=is_client,
             addresses=tuple(self.swarm.addresses()) if not is_client else (),
@@ -115,6 +122,7 @@ class PeerContext:
             if not self.swarm.is_alive() and not self.stop.is_set():
                 self.fail("the DHT process or its libp2p daemon has died")
                 os._exit(SwarmUnreachable.exit_code)  # the watchdog starts us again; no thread here can mend it
+            self._remember()
             self.stop.wait(max(0.1, self.run.report_seconds - (time.monotonic() - started)))
 
     def publish(self) -> None:
@@ -129,6 +137,18 @@ class PeerContext:
         except SwarmUnreachable as exc:
             logger.warning("report not published: %s", exc)
         self._update(report=report)
+
+    def _remember(self) -> None:
+        """Auxiliary peers without an invite: where to go when we start again."""
+        if self.spec.bundle is None:
+            return
+        addresses = tuple(self.swarm.neighbours()[:MAX_KEPT])
+        if addresses:  # who is alone keeps what it knew
+            listen = listen_with_port(self.spec.peer.listen, self.swarm.addresses())
+            known = KnownPeers(listen=listen, addresses=addresses)
+            if known != self._known:
+                self._known = known
+                save_known(self.spec.folder, known)
 
     def close(self) -> None:
         """Leave the swarm."""

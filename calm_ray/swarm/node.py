@@ -97,6 +97,14 @@ class Swarm:
         found = [str(a) for a in self.dht.get_visible_maddrs(latest=True)]
         return sorted((a for a in found if "/tcp/" in a), key=lambda a: parse_address(a).is_loopback)
 
+    def neighbours(self) -> list[str]:
+        """Addresses of peers that we are connected to; of one that called us, right only if it listens there, too."""
+        try:
+            found: Any = self.call(lambda p2p: p2p.list_peers(), timeout_seconds=CALL_TIMEOUT_SECONDS)
+        except (TimeoutError, OSError, EOFError):
+            return []
+        return sorted(f"{a}/p2p/{peer.peer_id}" for peer in found for a in peer.addrs if "/tcp/" in str(a))
+
     def publish(self, report: bytes, *, lifetime_seconds: float) -> bool:
         """Store this peer's signed report; True if some node took it. Replaces the one before."""
         assert len(report) <= MAX_REPORT_BYTES, "reports are bounded: see calm_ray.report"

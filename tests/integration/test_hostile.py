@@ -28,6 +28,24 @@ def test_peer_whose_libp2p_died_starts_again(tmp_path: Path, victim: str) -> Non
         eventually(lambda: not any(p.is_running() for p in helpers), 10, lambda: f"left: {helpers}")
 
 
+def test_auxiliary_peer_that_starts_again_finds_its_swarm_and_keeps_its_address(tmp_path: Path) -> None:
+    """It has no invite. Alone on another port it would be a second swarm, and invites would lead to nobody."""
+    with tiny_swarm(tmp_path, target_batch_size=64) as swarm:
+        swarm.start("trainer", role="trainer", wait_for="training")
+        before = swarm.wait_for_epoch("auxiliary", 3, 90).addresses
+        helpers = psutil.Process(swarm.handles["auxiliary"].pid).children(recursive=True)
+        known = tmp_path / "auxiliary" / "known-peers.json"
+        eventually(known.exists, 30)
+        next(p for p in helpers if p.name() == "p2pd").kill()
+        swarm.wait("auxiliary", lambda s: s.num_restarts >= 1 and s.state == "assisting", 60)
+        report = swarm.handles["trainer"].status().report
+        assert report is not None
+        again = swarm.wait_for_epoch("auxiliary", report.epoch, 60)
+        assert again.addresses == before
+        swarm.start("newcomer", role="trainer", wait_for="training")
+        swarm.wait_for_epoch("newcomer", report.epoch + 1, 60)
+
+
 def test_swarm_goes_on_when_a_stranger_claims_an_epoch_that_it_cannot_show(tmp_path: Path) -> None:
     """Stock counts samples of the newest epoch only, so that one false record ends everybody's training."""
     table = AveragingTable(network="lan", max_staleness=1)
