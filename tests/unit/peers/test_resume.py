@@ -226,15 +226,15 @@ class _FakeOptimizer:
 
 @pytest.fixture
 def take_up(tmp_path: Path, bundle: Path) -> Callable[..., _FakeOptimizer]:
-    """take_up(optimizer, resume=True): what an auxiliary peer does at its start."""
+    """take_up(optimizer, should_resume=True, is_first=False): what an auxiliary peer does at its start."""
 
-    def take_up(optimizer: _FakeOptimizer, *, should_resume: bool = True) -> _FakeOptimizer:
+    def take_up(optimizer: _FakeOptimizer, *, should_resume: bool = True, is_first: bool = False) -> _FakeOptimizer:
         folder = _write(tmp_path, bundle)[0] if should_resume else None
         spec = PeerSpec(role="auxiliary", folder=tmp_path, invite="calm1-x", resume=folder)
-        context: Any = SimpleNamespace(spec=spec, run=RUN, bundle=bundle, tell=lambda *args: None)
+        context: Any = SimpleNamespace(spec=spec, run=RUN, bundle=bundle, tell=lambda *args: None, is_first=is_first)
         fake: Any = optimizer
         _take_up_state(context, fake, names=_names(bundle))
-        assert optimizer.has_asked
+        assert optimizer.has_asked is not is_first
         return optimizer
 
     return take_up
@@ -252,6 +252,11 @@ def test_checkpoint_serves_when_nobody_gives_what_is_claimed(take_up: Any) -> No
     assert take_up(_FakeOptimizer(swarm_epoch=9, does_answer=False)).source == "checkpoint"
     with pytest.raises(StateUnavailable):
         take_up(_FakeOptimizer(swarm_epoch=9, does_answer=False), should_resume=False)
+
+
+def test_first_peer_of_a_run_asks_nobody(take_up: Any) -> None:
+    assert take_up(_FakeOptimizer(swarm_epoch=0), is_first=True).source == "checkpoint"
+    assert take_up(_FakeOptimizer(swarm_epoch=0), should_resume=False, is_first=True).source == ""
 
 
 def test_swarm_at_its_beginning_needs_no_state(take_up: Any) -> None:
