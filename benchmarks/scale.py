@@ -4,8 +4,12 @@ Light peers (a model of 31,212 parameters, epochs of some seconds) in processes 
 are the messages and bytes that a peer exchanges with others, not the time: 32 peers on two cores are no swarm to be
 timed. The target batch grows with the swarm, so epochs keep their length, as they would if a run grew.
 
-Each measure is fitted by a + b N over the sizes measured, and put down for 1,000 peers. What grows like N per peer
-grows like N squared over the swarm; the progress records are the only such term, see `calm_ray.swarm.progress`.
+Each measure is fitted over the sizes measured by the law that its code implies, and put down for 1,000 peers: level
+(the mean: a timer or a bandwidth bounds it, whatever N is), a + b log2 N (a walk through the DHT), or a + b N. What
+grows like N per peer grows like N squared over the swarm: the records of progress, of reports and of the roster, which
+everyone reads whole. The time between two readings grows with N to bound that (`calm_ray.swarm.progress`), so beyond
+some hundred peers the bytes per second level off; per round they go on growing with the length of an epoch. The
+leader's message with all members is the other such term: 70 bytes for each of N to each of N.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -107,19 +111,32 @@ def _sums(values: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-ROWS: Mapping[str, str] = {
-    "reads": "DHT reads",
-    "records_read": "records in them",
-    "writes": "DHT writes",
-    "DHT messages": "DHT messages (find, store, ping and their answers)",
-    "DHT bytes": "DHT bytes",
-    "join_round_messages": "matchmaking messages",
-    "join_round_bytes": "matchmaking bytes",
-    "exchange_calls": "all-reduce streams",
-    "exchange_bytes": f"all-reduce bytes sent ({NUM_PARAMETERS:,} parameters, fp16)",
-    "parts_calls": "repairs and late reads",
-    "other_calls": "other calls",
+Law = Literal["level", "log", "linear"]
+
+ROWS: Mapping[str, tuple[str, Law]] = {
+    "reads": ("DHT reads", "level"),
+    "records_read": ("records in them", "linear"),
+    "writes": ("DHT writes", "level"),
+    "DHT messages": ("DHT messages (find, store, ping and their answers)", "log"),
+    "DHT bytes": ("DHT bytes", "linear"),
+    "join_round_messages": ("matchmaking messages", "level"),
+    "join_round_bytes": ("matchmaking bytes", "linear"),
+    "exchange_calls": ("all-reduce streams", "level"),
+    "exchange_bytes": (f"all-reduce bytes sent ({NUM_PARAMETERS:,} parameters, fp16)", "level"),
+    "parts_calls": ("repairs and late reads", "level"),
+    "other_calls": ("other calls", "level"),
 }
+
+
+def fit(sizes: Sequence[int], values: Sequence[float], *, law: Law) -> tuple[str, float]:
+    """The fitted law in words, and what it says for PAPER_SIZE."""
+    if law == "level" or len(sizes) == 1:
+        mean = statistics.mean(values)
+        return f"{_short(mean)}", mean
+    scale = np.log2 if law == "log" else np.asarray
+    slope, offset = np.polyfit(scale(np.array(sizes, dtype=float)), values, 1)
+    unit = "log2 N" if law == "log" else "N"
+    return f"{_short(offset)} {slope:+.3g} {unit}", float(offset + slope * scale(np.array(float(PAPER_SIZE))))
 
 
 def table(costs: Sequence[Cost]) -> str:
@@ -132,12 +149,11 @@ def table(costs: Sequence[Cost]) -> str:
     lines = [
         f"| per round and peer | {head} | fit | N={PAPER_SIZE} on paper |", "|---" * (len(sizes) + 3) + "|"
     ]  # fmt: skip
-    for slot, title in ROWS.items():
+    for slot, (title, law) in ROWS.items():
         found = [cost.values[slot] for cost in costs]
-        slope, offset = np.polyfit(sizes, found, 1) if len(sizes) > 1 else (0.0, found[0])
+        words, paper = fit(sizes, found, law=law)
         cells = " | ".join(_short(value) for value in found)
-        paper = _short(max(0.0, offset + slope * PAPER_SIZE))
-        lines.append(f"| {title} | {cells} | {_short(offset)} {slope:+.3g} N | {paper} |")
+        lines.append(f"| {title} | {cells} | {words} | {_short(max(0.0, paper))} |")
     lines.append(f"| seconds per epoch | {' | '.join(f'{c.epoch_seconds:.1f}' for c in costs)} | | |")
     lines.append(f"| group size / N | {' | '.join(f'{c.group_share:.2f}' for c in costs)} | | |")
     return "\n".join(lines)

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CalmRayError as exc:
         print(f"job: {exc}", file=sys.stderr)
         return exc.exit_code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("job: interrupted; all peers have left", file=sys.stderr)
         return 130
@@ -44,7 +47,7 @@ def _print_config(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="launchers.job config")
     parser.add_argument("file", type=Path)
     config = load_organiser(parser.parse_args(argv).file)
-    print(config.model_dump_json(indent=2))
+    print(config.model_dump_json(indent=2), flush=True)
     return 0
 
 
@@ -62,7 +65,9 @@ def _run_job(argv: Sequence[str]) -> int:
     config = load_organiser(args.config)
     out = (args.out or Path("out") / config.run.run_id).resolve()
     _say_hello(config, out)
-    with claim_output(out, start=start):
+    with claim_output(out, start=start) as moved_to:
+        if moved_to is not None:
+            print(f"What was there is now in {_short(moved_to)}; the next --fresh deletes it.", flush=True)
         return _train_and_judge(config, out, begin=_prepare(args.config, out, start=start))
 
 

@@ -19,8 +19,8 @@ Start = Literal["new", "fresh", "resume"]
 
 
 @contextlib.contextmanager
-def claim_output(out: Path, *, start: Start) -> Iterator[None]:
-    """Lock `out` for one job.
+def claim_output(out: Path, *, start: Start) -> Iterator[Path | None]:
+    """Lock `out` for one job; yield where its former content went, if it had any.
 
     `resume` leaves it as it is, once the peers of a job that was killed have left. `new` and `fresh` give an empty
     one: what was there becomes `out.previous`, and what was *that* is deleted. `new` refuses to if it holds progress.
@@ -42,13 +42,14 @@ def claim_output(out: Path, *, start: Start) -> Iterator[None]:
                 f"{out}: holds a checkpoint of epoch {epoch}: go on from there with --resume, or begin anew with "
                 f"--fresh, which moves it to {previous.name}"
             )
+        moved_to: Path | None = None
         if start == "resume":
             _wait_until_left(out / PEERS)
         elif out.exists():
             shutil.rmtree(previous, ignore_errors=True)
-            out.rename(previous)
+            moved_to = out.rename(previous)
         out.mkdir(exist_ok=True)
-        yield
+        yield moved_to
 
 
 def newest_epoch(out: Path) -> int:

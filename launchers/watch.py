@@ -19,6 +19,7 @@ from launchers.organiser import OrganiserConfig
 POLL_SECONDS = 1.0
 ETA_EPOCHS = 10
 """The time left is judged by so many last epochs."""
+_AWAY = ("restarting", "starting", "joining")
 
 
 def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
@@ -27,11 +28,16 @@ def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
     own_peer_ids: set[str] = set()  # grows: a peer that restarts has no id for a moment
     progress_at, last_epoch = time.monotonic(), -1
     boundaries: deque[tuple[int, float]] = deque(maxlen=ETA_EPOCHS)
+    before: dict[str, PeerStatus] = {}
     with Live(console=console, refresh_per_second=4, transient=False) as live:
         while True:
             statuses = _statuses(crew)
-            own_peer_ids |= {status.peer_id for status in statuses if status.peer_id}
-            status = next(status for status in statuses if status.role == "monitor")
+            for name, now in statuses.items():
+                if (line := incident(name, before=before.get(name), now=now)) is not None:
+                    console.print(line, markup=False, highlight=False)
+            before = statuses
+            own_peer_ids |= {status.peer_id for status in statuses.values() if status.peer_id}
+            status = next(status for status in statuses.values() if status.role == "monitor")
             if (summary := status.summary) is not None:
                 is_new_epoch = summary.epoch > last_epoch
                 if is_new_epoch:
@@ -68,15 +74,23 @@ def with_measured_eta(summary: SwarmSummary, boundaries: Sequence[tuple[int, flo
     return summary.model_copy(update={"seconds_to_end": remaining * median(durations)})
 
 
-def _statuses(crew: Crew) -> list[PeerStatus]:
-    """What our own peers say; CalmRayError if one has given up."""
-    statuses = []
+def incident(name: str, *, before: PeerStatus | None, now: PeerStatus) -> str | None:
+    """A line for whoever watches, once a peer of ours has failed and once it is back; None if there is no news."""
+    if now.num_restarts > (before.num_restarts if before is not None else 0):
+        return f"{name}: restart {now.num_restarts}: {now.detail}"
+    was_away = before is not None and before.num_restarts and before.state in _AWAY
+    return f"{name}: back, {now.state}" if was_away and now.state not in _AWAY else None
+
+
+def _statuses(crew: Crew) -> dict[str, PeerStatus]:
+    """What our own peers say, by name; CalmRayError if one has given up."""
+    statuses = {}
     for member in crew.members:
         status = crew.status(member)
         if status.exit_code is not None:
             log = member.folder / "peer.log"
             raise CalmRayError(f"{member.name} left with code {status.exit_code}: {status.error or 'see'} {log}")
-        statuses.append(status)
+        statuses[member.name] = status
     return statuses
 
 

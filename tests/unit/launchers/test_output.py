@@ -35,9 +35,10 @@ def test_folder_with_progress_is_not_taken_without_a_word(out: Path) -> None:
 
 
 def test_fresh_start_moves_what_was_there_aside(out: Path) -> None:
-    with claim_output(out, start="fresh"):
+    with claim_output(out, start="fresh") as moved_to:
         assert list(out.iterdir()) == []
-    assert newest_epoch(out.with_name("out.previous")) == 20
+    assert moved_to == out.with_name("out.previous")
+    assert newest_epoch(moved_to) == 20
 
 
 def test_resumed_run_keeps_its_folder(out: Path) -> None:
