@@ -66,6 +66,8 @@ class Matchmaker(ServicerBase):
         self._run_id, self._schema, self._epoch, self._on_knock, self._form = run_id, schema, epoch, on_knock, form
         self._gatherings: dict[Key, Gathering] = {}
         self._leaders: dict[Key, str] = {}
+        self._past: tuple[Key, str] | None = None
+        """A round that somebody told us is over. Until we have caught up, our followers must not wait for us."""
         self._calls_to_us = Calls()
         self._ceiling: RoundLimits
         self._suspects: dict[str, float] = {}
@@ -76,6 +78,8 @@ class Matchmaker(ServicerBase):
         self._active: Key | None = None
         self._followed: str | None = None
         self._is_leaving = False
+        self.num_missing: int | None = None
+        """Peers that we wait for, while we lead a gathering."""
         self._p2p: P2P | None = None
         self._own_id = ""
         self._is_served = False
@@ -139,6 +143,8 @@ class Matchmaker(ServicerBase):
             return None, _message("refused", why="leaving")
         if key in self._leaders:
             return None, _message("redirect", to=self._leaders[key])
+        if self._past is not None and self._past[0] == key:
+            return None, _message("redirect", to=self._past[1])
         gathering = self._gatherings.get(key)
         if gathering is None:
             self._gatherings = {k: g for k, g in self._gatherings.items() if k[1] >= epoch}  # what is over may go
@@ -168,6 +174,7 @@ class Matchmaker(ServicerBase):
 
     def distrust(self, peer_id: str) -> None:
         """`peer_id` says that a round is over, and cannot show it: do not listen to it for a while."""
+        self._past = None
         self._suspects[peer_id] = time.monotonic() + SUSPECT_SECONDS
 
     @property
@@ -211,7 +218,7 @@ class Matchmaker(ServicerBase):
         """
         self._ceiling = ceiling or limits
         key: Key = (ticket.kind, ticket.epoch)
-        self._followed = None
+        self._followed = self._past = None
         self._unreachable = {peer: until for peer, until in self._unreachable.items() if until > time.monotonic()}
         deadline = time.monotonic() + limits.matchmaking_seconds
         try:
@@ -228,7 +235,12 @@ class Matchmaker(ServicerBase):
                     alone = self._is_served or any(True for _ in candidates())
                     raise NoGroup("timeout" if alone else "only_clients", "nobody to average with was found in time")
                 await asyncio.sleep(RETRY_SECONDS)
+        except Behind as exc:
+            self._past = (key, exc.peer_id)
+            self._close(key, _message("redirect", to=exc.peer_id).value)
+            raise
         finally:
+            self.num_missing = None
             self._leaders.pop(key, None)
             self._close(key, _message("refused", why="gave up").value)
 
@@ -319,6 +331,7 @@ class Matchmaker(ServicerBase):
             awaited = expected()
             away = awaited.keys() - gathering.tickets.keys()
             missing = away - gathering.unreachable
+            self.num_missing = len(missing)
             for peer_id in missing - gathering.called:
                 gathering.called.add(peer_id)
                 if not awaited[peer_id]:

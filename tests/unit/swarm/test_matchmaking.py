@@ -213,6 +213,22 @@ def test_latecomers_never_form_a_second_group(net: Loopback, latecomers: tuple[i
     net.run(test())
 
 
+def test_who_has_heard_that_a_round_is_over_keeps_nobody_waiting(net: Loopback) -> None:
+    """It may take minutes to download the state, and is the best-ranked until it has."""
+
+    async def test() -> None:
+        async with camp(net, count=3) as here:
+            here.end_round(1, epoch=EPOCH + 1)
+            assert isinstance(await here.find(0), Behind)
+            watch = Watch()
+            found = await here.find(2, knows=here.names(0))  # all that it knows
+            assert isinstance(found, Behind), found
+            assert (found.epoch, found.peer_id) == (EPOCH + 1, here.seekers[1].name)
+            assert watch.seconds < MARGIN_SECONDS
+
+    net.run(test())
+
+
 def test_round_that_failed_elsewhere_can_begin_anew_with_those_who_missed_it(net: Loopback) -> None:
     """The best-ranked came too late for the first try, and leads the second."""
 
