@@ -103,6 +103,9 @@ class PeerTable(Table):
     bandwidth_mbps: float | None = Field(default=None, gt=0)
     """Upload of this machine's line in Mbit/s, if you know it; otherwise it is measured while averaging."""
 
+    memory_limit_gb: float | None = Field(default=None, gt=0)
+    """Restart the peer when its processes use more than this together. Unset: 90 % of the machine or its container."""
+
     data_root: str = "."
     """Folder under which the run's `files` sources are found on this machine."""
 

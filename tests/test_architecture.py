@@ -17,7 +17,7 @@ import pytest
 
 from tests.shards import ROOT
 
-PURE = {"bundle", "clock", "config", "errors", "invite", "membership", "report", "signing", "summary", "tables"}
+PURE = {"bundle", "clock", "code", "config", "errors", "invite", "membership", "report", "signing", "summary", "tables"}
 """Modules of calm_ray that anything may import, and that import nothing heavy."""
 
 PURE_MAY_USE = {"cryptography", "pydantic", "pydantic_core"}
@@ -62,7 +62,10 @@ HOMES: Mapping[str, tuple[str, ...]] = {
 }
 """SDK -> where alone it may be imported."""
 
-NO_TORCH_IN_PEERS = {"control", "handle", "log", "spec", "status", "watchdog"}
+NO_TORCH_IN_PEERS = {
+    "budget", "control", "control_server", "endings", "handle", "judge", "launch", "lines", "log", "process", "spec",
+    "status", "vitals", "watchdog",
+}  # fmt: skip
 """Modules of calm_ray/peers that run before, beside or without the training process, and must stay light."""
 
 DISTRIBUTIONS = {

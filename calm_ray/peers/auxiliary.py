@@ -12,6 +12,7 @@ import torch
 from calm_ray.errors import ConfigError, StateUnavailable
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.learner import make_learner
+from calm_ray.peers.progress import note_success, optimizer_pulses, words
 from calm_ray.peers.resume import saved_state
 from calm_ray.peers.round_facts import round_facts
 from calm_ray.swarm.desk import Desk
@@ -35,7 +36,11 @@ def run(context: PeerContext) -> None:
         target_batch_size=table.target_batch_size, num_epochs=table.num_epochs, is_auxiliary=True,
         bandwidth_mbps=context.spec.peer.bandwidth_mbps, wire=table.wire,
     )  # fmt: skip
-    context.report_with(lambda: {"epoch": optimizer.local_epoch, **round_facts(optimizer.rounds)})
+    optimizer.on_round.append(note_success(context))
+    context.report_with(
+        lambda: {"epoch": optimizer.local_epoch, **round_facts(optimizer.rounds)},
+        pulses=lambda: optimizer_pulses(optimizer), words=lambda: words(optimizer),
+    )  # fmt: skip
     _take_up_state(context, optimizer, names=parameter_names(learner.model))
     optimizer.start()
     desk = Desk(context.bundle)  # only now: a newcomer that found no state yet would begin at epoch 0

@@ -4,6 +4,7 @@ SIGTERM asks it to leave. If a round or a download keeps it longer than GRACE_SE
 groupmates then treat it like a peer whose line was cut.
 """
 
+import faulthandler
 import logging
 import os
 import resource
@@ -13,6 +14,7 @@ import threading
 
 from calm_ray.errors import CalmRayError
 from calm_ray.peers.context import PeerContext
+from calm_ray.peers.process import DUMP_SIGNAL
 from calm_ray.peers.spec import PeerSpec
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ NUM_FILES = 16384
 
 def main(status_fd: int, spec: PeerSpec) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stdout)
+    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)  # to stderr, which is our log
     _raise_file_limit()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take cores that [peer] num_threads left free
     context = PeerContext(spec, status_fd=status_fd)

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from calm_ray.bundle import open_bundle
 from calm_ray.config import RunTable
 from calm_ray.errors import SwarmUnreachable
 from calm_ray.invite import Invite, decode_invite
+from calm_ray.peers.judge import BEAT_SECONDS, Pulse
 from calm_ray.peers.known import MAX_KEPT, KnownPeers, listen_with_port, load_known, save_known
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
@@ -25,6 +26,10 @@ from calm_ray.swarm.reception import Reception, receive
 logger = logging.getLogger(__name__)
 
 Facts = Callable[[], dict[str, Any]]
+Pulses = Callable[[], Mapping[str, Pulse]]
+LOST_EXIT_CODE = 1
+REPORT_SECONDS = 300.0
+"""A DHT call ends after 15 s, whatever happens."""
 
 
 class PeerContext:
@@ -44,7 +49,10 @@ class PeerContext:
         self._status_file = os.fdopen(status_fd, "wb")
         self._lock = threading.Lock()
         self._facts: Facts = dict
-        self._reporter: threading.Thread | None = None
+        self._pulses: Pulses = dict
+        self._words: Callable[[], str] = str
+        self._num_reports = 0
+        self._warnings: dict[str, str] = {}
 
     # --- joining -----------------------------------------------------------------------------------------------------
 
@@ -78,7 +86,8 @@ class PeerContext:
             self.swarm = Swarm.join(self.run.run_id, initial_peers=(), options=options)
         self.is_first = not initial_peers
         self._update(
-            run_id=self.run.run_id, peer_id=self.swarm.peer_id, is_client_mode=is_client,
+            run_id=self.run.run_id, config_hash=self.run.config_hash(), peer_id=self.swarm.peer_id,
+            is_client_mode=is_client,
             addresses=tuple(self.swarm.addresses()) if not is_client else (),
         )  # fmt: skip
 
@@ -98,6 +107,32 @@ class PeerContext:
         """Say what we are doing, to the watchdog at once and to the swarm with the next report."""
         self._update(state=state, detail=detail, **fields)
 
+    @property
+    def state(self) -> str:
+        return self._status.state
+
+    def note_success(self, at: float) -> None:
+        """What this role is for has just gone well; told with the next beat."""
+        with self._lock:
+            self._status = self._status.model_copy(update={"last_success_at": at})
+
+    def warn(self, about: str, text: str) -> None:
+        """Show what is wrong `about` something, next to what we are doing; an empty text takes it back."""
+        if self._warnings.get(about, "") == text:
+            return
+        self._warnings = {key: value for key, value in {**self._warnings, about: text}.items() if value}
+        logger.warning("%s: %s", about, text or "well again")
+        self._update(warnings=tuple(self._warnings.values()))
+
+    def _beat_for_ever(self) -> None:
+        """Show the watchdog that this process runs, and what in it makes progress."""
+        while not self.stop.wait(BEAT_SECONDS):
+            pulses = {"reports": Pulse(count=self._num_reports, allowance_seconds=REPORT_SECONDS), **self._pulses()}
+            self._update(pulses=pulses, doing=self._words())
+            if (lost := self.swarm.lost_process()) and not self.stop.is_set():
+                self.fail(lost)
+                os._exit(LOST_EXIT_CODE)  # the watchdog starts us again; no thread here can mend it
+
     def fail(self, message: str) -> None:
         """The last word before an exit."""
         self._update(state="leaving", error=message)
@@ -109,19 +144,19 @@ class PeerContext:
                 self._status_file.write(self._status.model_dump_json().encode() + b"\n")
                 self._status_file.flush()
 
-    def report_with(self, facts: Facts) -> None:
-        """Publish a report every `report_seconds` from now on, its changing fields from `facts`."""
-        self._facts = facts
-        self._reporter = threading.Thread(target=self._report_for_ever, name="reporter", daemon=True)
-        self._reporter.start()
+    def report_with(self, facts: Facts, *, pulses: Pulses = dict, words: Callable[[], str] = str) -> None:
+        """Publish a report every `report_seconds` from now on, its changing fields from `facts`.
+
+        `pulses` for the watchdog to judge our progress by, `words` for what we are doing at this moment.
+        """
+        self._facts, self._pulses, self._words = facts, pulses, words
+        for target in (self._beat_for_ever, self._report_for_ever):  # only now: hivemind forks while we join
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     def _report_for_ever(self) -> None:
         while not self.stop.is_set():
             started = time.monotonic()
             self.publish()
-            if not self.swarm.is_alive() and not self.stop.is_set():
-                self.fail("the DHT process or its libp2p daemon has died")
-                os._exit(SwarmUnreachable.exit_code)  # the watchdog starts us again; no thread here can mend it
             self._remember()
             self.stop.wait(max(0.1, self.run.report_seconds - (time.monotonic() - started)))
 
@@ -136,6 +171,7 @@ class PeerContext:
             self.swarm.publish(encode(report), lifetime_seconds=self.run.report_lifetime_seconds)
         except SwarmUnreachable as exc:
             logger.warning("report not published: %s", exc)
+        self._num_reports += 1
         self._update(report=report)
 
     def _remember(self) -> None:

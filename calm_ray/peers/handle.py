@@ -1,54 +1,106 @@
-"""Start one peer process and hold its lease. Used by the Ray actor and by tests; knows neither Ray nor torch."""
+"""Start one peer process, or adopt the one that runs, and hold its lease. Knows neither Ray nor torch."""
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
+
+from calm_ray.code import code_hash
 from calm_ray.errors import CalmRayError
 from calm_ray.peers.control import ControlClient
+from calm_ray.peers.endings import last_status
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
 
 START_SECONDS = 30.0
+STOP_SECONDS = 12.0
+POLL_SECONDS = 0.05
+KILLED_CODE = -9
+"""The exit code of a watchdog that left no word: it was killed, or its machine was."""
 
 
 class PeerHandle:
-    """One watchdog process that this process started. Lose the handle, lose the peer: its lease ends."""
+    """One watchdog. It is not our child, so it outlives us: what becomes of it then is said by its spec."""
 
     def __init__(self, spec: PeerSpec, *, environment: dict[str, str] | None = None) -> None:
         self.spec = spec.model_copy(update={"has_lease": True})
         self._environment = environment or {}
-        self._process: subprocess.Popen[bytes] | None = None
         self._control: ControlClient | None = None
+        self._process: psutil.Process | None = None
         self._last = PeerStatus(role=spec.role)
+        self.is_adopted = False
 
-    def start(self) -> None:
-        """Start the process and take the lease; CalmRayError with the end of its output if it does not come up."""
+    def start(self, *, config_hash: str = "") -> None:
+        """Take the lease of the peer that runs in this folder, or start one. `config_hash`: of the run, if known.
+
+        CalmRayError with the end of its output if it does not come up; or with the difference if what runs there is
+        another role, code or run.
+        """
+        self.is_adopted = self._adopt(config_hash)
+        if self.is_adopted:
+            return
         self.spec.folder.mkdir(parents=True, exist_ok=True)
-        output = self.spec.folder / "watchdog.log"
-        with output.open("wb") as file:  # a file, not a pipe: an orphan that holds a pipe would hang its reader
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "calm_ray", "peer", "--spec", self.spec.model_dump_json()],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
-            )  # fmt: skip
+        pid = self._launch()
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            with contextlib.suppress(OSError):
-                control = ControlClient(self.spec.folder)
-                try:
-                    control.call("hold")
-                except OSError:
-                    control.close()
-                    raise
-                self._control = control
-                return
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise CalmRayError(f"peer in {self.spec.folder} did not start: {_tail(output)}")
-            time.sleep(0.05)
+        while not self._hold():
+            if not psutil.pid_exists(pid) or time.monotonic() > deadline:
+                last = last_status(self.spec.folder)
+                said = last.error if last is not None and last.error else _tail(self._output)
+                raise CalmRayError(f"peer in {self.spec.folder} did not start: {said}")
+            time.sleep(POLL_SECONDS)
+
+    def _adopt(self, config_hash: str) -> bool:
+        if not self._hold():
+            return False
+        there, spec = self._last, self.spec
+        differences = [
+            f"{name}: {runs}, wanted {wanted}"
+            for name, runs, wanted in (
+                ("role", there.role, spec.role), ("code", there.code_hash, code_hash()),
+                ("config", there.config_hash or config_hash, config_hash or there.config_hash),
+            ) if runs != wanted
+        ]  # fmt: skip
+        if differences:
+            self.abandon()
+            raise CalmRayError(f"{spec.folder}: another peer runs there (pid {there.pid}): {', '.join(differences)}")
+        return True
+
+    @property
+    def _output(self) -> Path:
+        return self.spec.folder / "watchdog.log"
+
+    def _launch(self) -> int:
+        argv = [
+            sys.executable, "-m", "calm_ray.peers.launch", str(self._output), "peer",
+            "--spec", self.spec.model_dump_json(),
+        ]  # fmt: skip
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            env={**os.environ, **self._environment},
+        )  # fmt: skip
+        if done.returncode:
+            raise CalmRayError(f"peer in {self.spec.folder} did not start: {done.stderr.strip()[-500:]}")
+        return int(done.stdout)
+
+    def _hold(self) -> bool:
+        """Connect and take the lease; False if nobody answers there."""
+        try:
+            control = ControlClient(self.spec.folder)
+        except OSError:
+            return False
+        try:
+            self._last = control.call("hold")
+            self._process = psutil.Process(self._last.pid)
+        except (OSError, psutil.Error):
+            control.close()
+            return False
+        self._control = control
+        return True
 
     @property
     def pid(self) -> int:
@@ -57,16 +109,28 @@ class PeerHandle:
 
     def status(self) -> PeerStatus:
         """The peer's last word; after it has left, what it said then."""
-        assert self._control is not None and self._process is not None, "start() first"
-        with contextlib.suppress(OSError):
-            self._last = self._control.call("status")
+        assert self._process is not None, "start() first"
+        if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._last = self._control.call("status")
+                return self._last
+            self.abandon()
+        if is_running(self._process):  # on its way out, or too busy to answer
             return self._last
-        code = self._process.wait(timeout=5)
-        error = self._last.error or (_tail(self.spec.folder / "watchdog.log") if code else "")
-        return self._last.model_copy(update={"state": "left", "exit_code": code, "error": error})
+        return self._what_was_left()
+
+    def _what_was_left(self) -> PeerStatus:
+        assert self._process is not None
+        last = last_status(self.spec.folder)
+        if last is not None and last.pid == self._process.pid and last.exit_code is not None:
+            return last
+        error = _tail(self._output, default="")
+        return self._last.model_copy(
+            update={"state": "left", "exit_code": KILLED_CODE, "error": error or "its watchdog was killed"}
+        )
 
     def abandon(self) -> None:
-        """Let go of the lease without a word, as if this process had died. The peer leaves by itself."""
+        """Let go of the lease without a word, as if this process had died."""
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -77,19 +141,30 @@ class PeerHandle:
             with contextlib.suppress(OSError):
                 self._control.call("stop")
 
-    def stop(self, *, timeout_seconds: float = 12.0) -> int:
+    def stop(self, *, timeout_seconds: float = STOP_SECONDS) -> int:
         """Leave and wait; the exit code, -9 if the watchdog itself had to be killed."""
         self.request_stop()
         self.abandon()
         if self._process is None:
             return 0
-        try:
-            return self._process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        deadline = time.monotonic() + timeout_seconds
+        while is_running(self._process):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(psutil.Error):
+                    self._process.send_signal(signal.SIGKILL)
+                return KILLED_CODE
+            time.sleep(POLL_SECONDS)
+        return self._what_was_left().exit_code or 0
 
 
-def _tail(path: Path, *, num_bytes: int = 2000) -> str:
+def is_running(process: psutil.Process) -> bool:
+    """Not ended, nor a zombie that nobody has asked for yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _tail(path: Path, *, num_bytes: int = 2000, default: str = "it printed nothing") -> str:
     data = path.read_bytes()[-num_bytes:] if path.exists() else b""
-    return data.decode(errors="replace").strip() or "it printed nothing"
+    return data.decode(errors="replace").strip() or default

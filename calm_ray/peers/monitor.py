@@ -12,6 +12,7 @@ from calm_ray.errors import CalmRayError, SwarmUnreachable
 from calm_ray.observe.feed import Feed
 from calm_ray.observe.ingest import rows_of
 from calm_ray.peers.context import PeerContext
+from calm_ray.peers.judge import Pulse
 from calm_ray.peers.spec import CheckpointSpec
 from calm_ray.summary import SummaryLimits, SwarmSummary, summarise
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+READING_SECONDS = 300.0
+"""Without one reading of the swarm's reports, this process is not what is needed."""
 RETRY_SECONDS = 5.0
 """Between two tries to get a checkpoint's state."""
 DOWNLOAD_SECONDS = 600.0
@@ -35,7 +38,11 @@ def run(context: PeerContext) -> None:
     )  # fmt: skip
     epoch = 0
     previous: SwarmSummary | None = None
-    context.report_with(lambda: {"epoch": epoch})
+    num_readings = 0
+    context.report_with(
+        lambda: {"epoch": epoch},
+        pulses=lambda: {"readings": Pulse(count=num_readings, allowance_seconds=READING_SECONDS)},
+    )
     context.tell("watching")
     with Feed(context.spec.feed_path) as feed, Checkpointer(context) as checkpointer:
         while not context.stop.wait(table.report_seconds):
@@ -45,11 +52,13 @@ def run(context: PeerContext) -> None:
                 context.tell("watching", f"no reports: {exc}")
                 continue
             summary = summarise(reports, now=time.time(), limits=limits)
-            epoch = summary.epoch
+            epoch, num_readings = summary.epoch, num_readings + 1
             feed.append_all(rows_of(summary, previous=previous))
             previous = summary
             checkpointer.on_summary(summary)
-            context.tell("watching", summary=summary, last_checkpoint=checkpointer.last_path)
+            context.tell(
+                "watching", summary=summary, last_checkpoint=checkpointer.last_path, last_success_at=time.time()
+            )
 
 
 class Checkpointer:

@@ -33,6 +33,9 @@ class PeerSpec(Table):
     """`auto`: full peer only if an auxiliary peer can dial us back; `public`: do not ask; `client`: never."""
     has_lease: bool = False
     """Leave when nobody holds the control socket: whoever started us is gone."""
+    adoption_seconds: float = Field(default=3600.0, ge=0)
+    """An auxiliary peer or monitor whose holder is gone goes on for so long, to be adopted by the next one. A trainer
+    leaves at once: its GPU must be free."""
     checkpoints: CheckpointSpec | None = None
     resume: Path | None = None
     """For an auxiliary peer: a checkpoint, or a folder of them (the newest counts), to go on from unless the swarm is
@@ -47,6 +50,11 @@ class PeerSpec(Table):
         if self.resume is not None and self.role != "auxiliary":
             raise ValueError("only an auxiliary peer can resume from a checkpoint; others get the state from it")
         return self
+
+    @property
+    def orphan_seconds(self) -> float:
+        """How long this peer stays when its lease is lost."""
+        return 0.0 if self.role == "trainer" else self.adoption_seconds
 
     @property
     def identity_path(self) -> Path:

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from calm_ray.peers.budget import Cause
+from calm_ray.peers.judge import Pulse
 from calm_ray.report import PeerReport, Role
 from calm_ray.summary import SwarmSummary
 
@@ -13,9 +15,13 @@ class PeerStatus(BaseModel):
 
     role: Role
     state: str = "starting"
+    """A report's state, or one of the watchdog's: `restarting`, `stalled`, `parked`, `left`."""
     detail: str = ""
     """A sentence for people."""
+    doing: str = ""
+    """At this moment, in some words; empty if `state` says it all."""
     run_id: str = ""
+    config_hash: str = ""
     peer_id: str = ""
     addresses: tuple[str, ...] = ()
     is_client_mode: bool = False
@@ -23,7 +29,24 @@ class PeerStatus(BaseModel):
     summary: SwarmSummary | None = None
     """A monitor's."""
     last_checkpoint: str = ""
+    last_success_at: float | None = None
+    """Unix seconds of the last true round, or a monitor's last reading of the swarm."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong and does not stop the peer: a disk that is full, a clock that is off."""
+    pulses: dict[str, Pulse] = {}
+    """What should go on, for the watchdog to judge by."""
     error: str = ""
     """Why the peer gave up, if it did."""
+
+    # The watchdog's own words.
     exit_code: int | None = None
     num_restarts: int = 0
+    """Since the watchdog's start."""
+    restarts: dict[Cause, int] = {}
+    """Of this role slot, ever."""
+    pid: int = 0
+    """Of the watchdog."""
+    code_hash: str = ""
+    """Of the calm_ray that runs here."""
+    memory_bytes: int = 0
+    """Of the peer's processes together."""

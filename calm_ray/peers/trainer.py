@@ -8,7 +8,9 @@ import torch
 
 from calm_ray.errors import CalmRayError
 from calm_ray.peers.context import PeerContext
+from calm_ray.peers.judge import Pulse
 from calm_ray.peers.learner import make_learner
+from calm_ray.peers.progress import note_success, optimizer_pulses, words
 from calm_ray.peers.round_facts import round_facts
 from calm_ray.report import EpochRecord
 from calm_ray.swarm.rounds import SwarmOptimizer
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_FETCH_SECONDS = 10.0
 COMPUTE_NICENESS = 10
+MICRO_BATCH_SECONDS = 300.0
+"""CALM's rule is 1 to 10 s for one; text from a hub may stall for minutes, and be back."""
 MAX_REFUSED_IN_A_ROW = 30
 """An fp16 overflow now and then is normal while the loss scale settles."""
 NO_FULL_PEER_SECONDS = 1.0
@@ -62,11 +66,13 @@ class Trainer:
         self._tally = EpochTally(0)
         self._last_record: EpochRecord | None = None
         self._is_first_contribution = True
+        self._num_steps = 0
+        optimizer.on_round.append(note_success(context))
 
     def train(self) -> None:
         context, optimizer = self._context, self.optimizer
         num_epochs = context.run.num_epochs
-        context.report_with(self.facts)
+        context.report_with(self.facts, pulses=self.pulses, words=lambda: words(optimizer))
         self._catch_up()
         context.tell("training")
         while not context.stop.is_set() and optimizer.local_epoch < num_epochs:
@@ -86,6 +92,7 @@ class Trainer:
         if self.optimizer.local_epoch != self._tally.epoch:
             self._on_epoch_end()
         result = self._source.step(epoch=self._tally.epoch)
+        self._num_steps += 1
         if not result.is_finite:
             if self._source.num_refused_in_a_row > MAX_REFUSED_IN_A_ROW:
                 raise CalmRayError(
@@ -123,6 +130,13 @@ class Trainer:
         if self.optimizer.swarm_epoch > self.optimizer.local_epoch:
             self._context.tell("joining", f"downloading the state of epoch {self.optimizer.swarm_epoch}")
             self.optimizer.load_state_from_peers()
+
+    def pulses(self) -> dict[str, Pulse]:
+        """Micro-batches are made unless we wait for others; the rounds thread turns, and does not stay behind."""
+        found = optimizer_pulses(self.optimizer)
+        if self._context.state == "training" and not self.optimizer.is_waited_for:
+            found["micro-batches"] = Pulse(count=self._num_steps, allowance_seconds=MICRO_BATCH_SECONDS)
+        return found
 
     def facts(self) -> dict[str, object]:
         """What changes from report to report."""

@@ -1,49 +1,49 @@
-"""`calm-ray peer`: start one child that does the work, watch it, restart it, and leave nothing behind.
+"""`calm-ray peer`: start one child that does the work, judge its progress, restart it or park it, leave nothing behind.
 
 This process imports neither torch nor hivemind and runs one thread: it must survive whatever happens to its child. The
-child leads a process group of its own and dies with us (PDEATHSIG); after it ends, the whole group is killed, because
-hivemind's helpers outlive a parent that was killed.
-
-Judging progress rather than life, and budgets kept on disk, come with the issue on robustness.
+child leads a session of its own and dies with us (PDEATHSIG); after it ends, its whole group is killed, because
+hivemind's helpers outlive a parent that was killed. What a watchdog that was killed itself could not clean up is swept
+at the start, once the folder's lock is ours.
 """
 
 import contextlib
-import ctypes
 import fcntl
-import json
 import logging
 import os
 import random
 import selectors
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 from pydantic import ValidationError
 
-from calm_ray.errors import ConfigError
-from calm_ray.peers.control import MAX_LINE_BYTES, socket_path
+from calm_ray.code import code_hash
+from calm_ray.errors import CalmRayError, ConfigError
+from calm_ray.peers import endings
+from calm_ray.peers.budget import Cause, Failure, LedgerFile, decide
+from calm_ray.peers.control_server import ControlServer
+from calm_ray.peers.endings import Ending
+from calm_ray.peers.judge import Judge
 from calm_ray.peers.log import RotatingLog
+from calm_ray.peers.process import ChildProcess
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
+from calm_ray.peers.vitals import memory_limit, memory_of, num_oom_kills, sweep
 
 logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 9.0
 """From the request to leave until the child's group is killed; users are promised ten."""
+DUMP_SECONDS = 1.0
+"""For a child that hangs to write its stacks, before it is asked to leave."""
 FIRST_LEASE_SECONDS = 30.0
-MAX_RESTARTS = 10
-BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 2.0, 60.0
-MAX_EQUAL_FAILURES = 3
-"""The same unexpected error so often in a row will not get better by waiting: say it and stop."""
-FINAL_EXIT_CODES = frozenset({0, 2, 5, 6})
-"""Not restarted: finished, a mistake that only the user can mend (ConfigError), a version that does not fit, a damaged
-checkpoint."""
+TICK_SECONDS = 0.2
+MEMORY_SECONDS = 10.0
+"""Between two looks at the child's memory: the kernel adds up its pages for us each time."""
+DEFAULT_MEMORY_SHARE = 0.9
+"""Of the machine, or of the container, unless `[peer] memory_limit_gb` says otherwise."""
 
 
 class Watchdog:
@@ -56,206 +56,189 @@ class Watchdog:
         """`preflight` is called once, when the folder is ours; it may raise CalmRayError to call the start off."""
         self._spec = spec
         self._on_status, self._preflight = on_status, preflight
-        self.status = PeerStatus(role=spec.role)
+        self._base = PeerStatus(role=spec.role, pid=os.getpid(), code_hash=code_hash())
+        self.status = self._base
         self._selector = selectors.DefaultSelector()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._control = ControlServer(
+            self._selector, answer=lambda: self.status.model_dump_json().encode(), on_stop=self.leave
+        )
+        self._child: ChildProcess | None = None
+        self._judge = Judge(now=time.monotonic())
         self._leave_at: float | None = None
-        self._holders: set[socket.socket] = set()
-        self._num_restarts = 0
+        self._verdict: tuple[Cause, str] | None = None
+        self._lease_deadline: float | None = None
+        limit_gb = spec.peer.memory_limit_gb
+        self._memory_limit = int(limit_gb * 1e9 if limit_gb else DEFAULT_MEMORY_SHARE * memory_limit())
 
     def run(self) -> int:
+        spec = self._spec
         with contextlib.ExitStack() as stack:
             try:
-                self._spec.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_exclusive(self._spec.folder))
-                self._log = stack.enter_context(RotatingLog(self._spec.log_path))
+                spec.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_exclusive(spec.folder))
+                self._log = stack.enter_context(RotatingLog(spec.log_path))
             except OSError as exc:
-                problem = f"{exc.strerror or exc} ({exc.filename})"
-                raise ConfigError(f"{self._spec.folder}: {problem}; choose another --folder, which you own") from exc
+                raise ConfigError(f"{spec.folder}: {endings.disk_words(exc)}") from exc
+            endings.forget(spec.folder)
+            self._ledger = LedgerFile(spec.folder)
+            if not spec.has_lease:
+                self._ledger.keep(self._ledger.ledger.pardoned())
+            elif self._ledger.ledger.is_parked(now=time.time()):
+                raise CalmRayError(f"{spec.folder}: parked: {self._ledger.ledger.parked_why}; log: {spec.log_path}")
+            if swept := sweep(spec.folder):
+                self._say(f"ended what an earlier crash had left: {', '.join(swept)}")
             self._preflight()
-            stack.enter_context(self._listening())
+            stack.enter_context(self._control.listening(spec.folder))
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda *_: self.leave())
-            self._lease_deadline = time.monotonic() + FIRST_LEASE_SECONDS if self._spec.has_lease else None
-            return self._run_until_left()
+            if spec.has_lease:
+                self._lease_deadline = time.monotonic() + FIRST_LEASE_SECONDS
+            try:
+                return self._run_until_left()
+            finally:
+                endings.remember(spec.folder, self.status)
 
     def leave(self) -> None:
         """Ask the child to go; it is killed if it has not gone in LEAVE_SECONDS."""
         if self._leave_at is None:
             self._leave_at = time.monotonic()
-            if self._child is not None and self._child.poll() is None:
-                self._child.send_signal(signal.SIGTERM)
+            if self._child is not None and not self._child.has_ended:
+                self._child.ask_to_leave()
 
     def _run_until_left(self) -> int:
-        errors: list[str] = []
         while True:
-            code = self._run_child()
-            errors.append(self.status.error)
-            is_hopeless = (
-                code in FINAL_EXIT_CODES
-                or self._num_restarts >= MAX_RESTARTS
-                or (code == 1 and errors[-MAX_EQUAL_FAILURES:] == [errors[-1]] * MAX_EQUAL_FAILURES)
-            )
-            if self._leave_at is not None or is_hopeless:
-                self._update(self.status.model_copy(update={"state": "left", "exit_code": code}))
-                return 0 if self._leave_at is not None else code
-            self._num_restarts += 1
-            pause = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (self._num_restarts - 1)) * random.uniform(0.5, 1.0)
-            reason = self.status.error or f"the process ended with code {code}"
-            detail = f"{reason}; trying again in {pause:.0f} s, log: {self._spec.log_path}"
+            ending = self._run_child()
+            if self._leave_at is not None or ending.cause is None:
+                self._update(state="left", exit_code=ending.exit_code)
+                return 0 if self._leave_at is not None else ending.exit_code
+            now = time.time()
+            failure = Failure(at=now, cause=ending.cause, why=ending.why, has_worked=self._judge.has_worked)
+            ledger = self._ledger.ledger.with_failure(failure)
+            decision = decide(ledger.failures, now=now)
+            if decision.park:
+                self._ledger.keep(ledger.parked(decision.park, now=now))
+                endings.keep_last_lines(self._spec)
+                self._update(state="parked", error=decision.park, exit_code=ending.exit_code)
+                return ending.exit_code
+            self._ledger.keep(ledger.with_restart(ending.cause))
+            pause = decision.pause_seconds * random.uniform(0.5, 1.0)
+            self.status = self._base.model_copy(update={"num_restarts": self.status.num_restarts + 1})
             self._update(
-                PeerStatus(role=self._spec.role, state="restarting", detail=detail, num_restarts=self._num_restarts)
-            )
+                state="restarting",
+                detail=f"{ending.why}; trying again in {pause:.0f} s, log: {self._spec.log_path}",
+            )  # fmt: skip
             self._pause(pause)
             if self._leave_at is not None:
                 return 0
 
-    def _run_child(self) -> int:
-        read_end, write_end = os.pipe()
-        argv = [sys.executable, "-m", "calm_ray.peers.child", str(write_end), self._spec.model_dump_json()]
-        child = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(write_end,),
-            start_new_session=True, preexec_fn=_die_with_parent(),
-        )  # fmt: skip
-        os.close(write_end)
+    def _run_child(self) -> Ending:
+        self._judge, self._verdict = Judge(now=time.monotonic()), None
+        oom_kills = num_oom_kills()
+        child = ChildProcess(self._spec, self._selector, on_output=lambda data: self._log.write(data),
+                             on_line=self._on_line)  # fmt: skip
         self._child = child
-        assert child.stdout is not None
-        status_file = os.fdopen(read_end, "rb")
-        lines = _LineBuffer()
-        self._register(child.stdout, lambda data: self._log.write(data))
-        self._register(status_file, lambda data: self._on_lines(lines.feed(data)))
+        if self._leave_at is not None:  # asked to leave while it was being started
+            child.ask_to_leave()
         try:
-            self._serve(until=lambda: child.poll() is not None)
+            self._serve(child)
         finally:
-            _kill_group(child.pid)
-            child.wait()
-            for file in (child.stdout, status_file):
-                self._drain(file)
-                file.close()
-        return child.returncode
+            code = child.reap()
+        return endings.ending_of(
+            code, error=self.status.error, verdict=self._verdict, num_oom_kills=num_oom_kills() - oom_kills
+        )
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def _serve(self, child: ChildProcess) -> None:
+        look_at = time.monotonic() + MEMORY_SECONDS
+        ends = _Ends(child)
+        while not child.has_ended:
+            self._turn()
+            now = time.monotonic()
+            if self._leave_at is not None:
+                if now > self._leave_at + LEAVE_SECONDS:
+                    child.kill()
+                continue
+            if self._verdict is None:
+                if now >= look_at:
+                    look_at = now + MEMORY_SECONDS
+                    self._look_at_memory(child)
+                if why := self._judge.verdict(now=now):
+                    self._condemn("stalled", why)
+            if self._verdict is not None:
+                ends.go_on(now=now, should_dump=self._verdict[0] == "stalled")
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        self._serve(until=lambda: time.monotonic() >= deadline or self._leave_at)
+        while time.monotonic() < deadline and self._leave_at is None:
+            self._turn()
 
-    def _serve(self, *, until: Callable[[], object]) -> None:
-        """Handle output, status, control requests and deadlines until `until()`."""
-        while not until():
-            for key, _ in self._selector.select(timeout=0.2):
-                key.data()
-            now = time.monotonic()
-            if self._lease_deadline is not None and not self._holders and now > self._lease_deadline:
-                self.leave()
-            if self._leave_at is not None and now > self._leave_at + LEAVE_SECONDS and self._child is not None:
-                _kill_group(self._child.pid)
-
-    def _register(self, file: IO[bytes], on_data: Callable[[bytes], object]) -> None:
-        os.set_blocking(file.fileno(), False)
-
-        def read() -> bool:
-            try:
-                data = os.read(file.fileno(), 65536)
-            except BlockingIOError:
-                return False
-            if data:
-                on_data(data)
-            else:
-                self._selector.unregister(file)
-            return bool(data)
-
-        self._selector.register(file, selectors.EVENT_READ, read)
-
-    def _drain(self, file: IO[bytes]) -> None:
-        key = self._selector.get_map().get(file.fileno())
-        if key is not None:
-            while key.data():
-                pass
-            if file.fileno() in self._selector.get_map():
-                self._selector.unregister(file)
-
-    def _on_lines(self, lines: Sequence[bytes]) -> None:
-        for line in lines:
-            try:
-                status = PeerStatus.model_validate_json(line)
-            except ValidationError:
-                logger.exception("status line of the child is not one of ours")
-            else:
-                self._update(status.model_copy(update={"num_restarts": self._num_restarts}))
-
-    def _update(self, status: PeerStatus) -> None:
-        self.status = status
-        self._on_status(status)
-
-    # --- control socket ----------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        path = socket_path(self._spec.folder)
-        path.unlink(missing_ok=True)  # we hold the folder's lock: whoever listened there is dead
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(str(path))
-            listener.listen(16)
-            listener.setblocking(False)
-            self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                for key in list(self._selector.get_map().values()):
-                    if isinstance(key.fileobj, socket.socket) and key.fileobj is not listener:
-                        key.fileobj.close()
-
-    def _accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        connection.setblocking(False)
-        lines = _LineBuffer()
-
-        def read() -> None:
-            try:
-                data = connection.recv(4096)
-                for line in lines.feed(data):
-                    self._answer(connection, line)
-            except (BlockingIOError, InterruptedError):
-                return
-            except (OSError, ValueError, AttributeError):  # it is gone, or what it says is no request
-                data = b""
-            if not data:
-                self._hang_up(connection)
-
-        self._selector.register(connection, selectors.EVENT_READ, read)
-
-    def _answer(self, connection: socket.socket, line: bytes) -> None:
-        op = json.loads(line).get("op")
-        if op == "hold":
-            self._holders.add(connection)
+    def _turn(self) -> None:
+        """Handle output, status, control requests, and the lease."""
+        for key, _ in self._selector.select(timeout=TICK_SECONDS):
+            key.data()
+        if not self._spec.has_lease:
+            return
+        now = time.monotonic()
+        if self._control.is_held:
             self._lease_deadline = None
-        elif op == "stop":
+        elif self._lease_deadline is None:
+            self._lease_deadline = now + self._spec.orphan_seconds
+        elif now > self._lease_deadline:
             self.leave()
-        connection.setblocking(True)
-        connection.settimeout(1.0)  # our owner's own tools: a reader that hangs loses its answer, we lose a second
-        connection.sendall(self.status.model_dump_json().encode() + b"\n")
-        connection.setblocking(False)
+        if self._lease_deadline is not None and not self._spec.orphan_seconds and now > self._lease_deadline:
+            self.leave()
 
-    def _hang_up(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        connection.close()
-        if connection in self._holders:
-            self._holders.discard(connection)
-            if self._spec.has_lease and not self._holders:
-                self.leave()
+    def _look_at_memory(self, child: ChildProcess) -> None:
+        used = memory_of(child.pid)
+        self.status = self.status.model_copy(update={"memory_bytes": used})
+        if used > self._memory_limit:
+            self._condemn("memory", f"uses {used / 1e9:.1f} GB of memory, and may use {self._memory_limit / 1e9:.1f}")
+
+    def _condemn(self, cause: Cause, why: str) -> None:
+        self._verdict = (cause, why)
+        self._say(f"{cause}: {why}")
+        self._update(state="stalled" if cause == "stalled" else "leaving", detail=why)
+
+    def _on_line(self, line: bytes) -> None:
+        try:
+            told = PeerStatus.model_validate_json(line)
+        except ValidationError:
+            logger.exception("status line of the child is not one of ours")
+            return
+        self._judge.note(told.pulses, now=time.monotonic())
+        if self._verdict is None:
+            own = ("num_restarts", "pid", "code_hash", "memory_bytes")
+            self._tell(told.model_copy(update={name: getattr(self.status, name) for name in own}))
+
+    def _update(self, **fields: object) -> None:
+        self._tell(self.status.model_copy(update=fields))
+
+    def _tell(self, status: PeerStatus) -> None:
+        self.status = status.model_copy(update={"restarts": self._ledger.ledger.restarts})
+        self._on_status(self.status)
+
+    def _say(self, text: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} watchdog: {text}\n".encode())
 
 
-class _LineBuffer:
-    """Complete lines out of chunks; drops a line that never ends."""
+class _Ends:
+    """A child that must go but not at once: stacks first, then a polite word, then SIGKILL."""
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, child: ChildProcess) -> None:
+        self._child = child
+        self._dumped_at: float | None = None
+        self._asked_at: float | None = None
 
-    def feed(self, data: bytes) -> list[bytes]:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE_BYTES:
-            self._rest = b""
-        return [line for line in lines if line]
+    def go_on(self, *, now: float, should_dump: bool) -> None:
+        if should_dump and self._dumped_at is None:
+            self._dumped_at = now
+            self._child.dump_stacks()
+        elif self._asked_at is None and now > (self._dumped_at or 0.0) + DUMP_SECONDS:
+            self._asked_at = now
+            self._child.ask_to_leave()
+        elif self._asked_at is not None and now > self._asked_at + LEAVE_SECONDS:
+            self._child.kill()
 
 
 @contextlib.contextmanager
@@ -274,15 +257,3 @@ def _exclusive(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)

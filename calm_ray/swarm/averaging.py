@@ -27,7 +27,7 @@ from calm_ray.swarm.roster import Roster
 from calm_ray.swarm.shares import balance
 from calm_ray.swarm.sketch import TOLERANCE, Sketch, reference_of, relative_distance, standing
 from calm_ray.swarm.verdict import SLOW, RoundResult
-from calm_ray.swarm.wires import BYTES_PER_ELEMENT, Take
+from calm_ray.swarm.wires import BYTES_PER_ELEMENT, NUM_ROUNDS_IN_A_TURN, Take
 from calm_ray.tables import AveragingTable
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,15 @@ class OwnAveraging:
         alive = {peer for peer, record in self._tracker.records.items() if record.time > since}
         alive |= {peer for peer, holder in self._roster.holders.items() if holder.is_fresh(now=now)}
         return bool(alive - self._matchmaker.unreachable - {self._swarm.peer_id})
+
+    @property
+    def patience_seconds(self) -> float:
+        limits = self.limits("gradients")
+        return NUM_ROUNDS_IN_A_TURN * (limits.matchmaking_seconds + limits.round_seconds + SETTLE_SECONDS)
+
+    @property
+    def num_missing(self) -> int | None:
+        return self._matchmaker.num_missing
 
     def _note_absent(self, group: Group | None) -> None:
         """Do not wait again for those who did not come, until they show a sign of life.

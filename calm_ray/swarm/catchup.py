@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from calm_ray.errors import StateUnavailable
+from calm_ray.swarm.doing import Doing
 from calm_ray.swarm.holder import HeldState, StateHolder
 from calm_ray.swarm.node import Swarm
 from calm_ray.swarm.progress import ProgressTracker
@@ -38,9 +39,10 @@ class Catcher:
     """Blocking; for the rounds thread, or before it runs."""
 
     def __init__(
-        self, swarm: Swarm, *, holder: StateHolder, wire: Wire, tracker: ProgressTracker, roster: Roster
+        self, swarm: Swarm, *, holder: StateHolder, wire: Wire, tracker: ProgressTracker, roster: Roster, doing: Doing
     ) -> None:
         self._swarm, self._holder, self._wire, self._tracker, self._roster = swarm, holder, wire, tracker, roster
+        self._doing = doing
 
     def find(self, claimed: int, *, hint: str | None, stop: threading.Event) -> torch.Tensor | HeldState | None:
         """What brings us to the epoch that others claim: the average that we lack, or a state.
@@ -112,14 +114,18 @@ class Catcher:
         for attempt in range(MAX_STATE_TRIES):
             if stop.wait(STATE_PAUSE_SECONDS * attempt):  # donors may be averaging: give them time to finish
                 break
+            self._doing.begin_download(self._holder.state_bytes)
             try:
                 state = download_state(
                     self._swarm, min_epoch=min_epoch, max_bytes=16 * self._holder.num_elements + (64 << 20),
                     timeout_seconds=STATE_TIMEOUT_SECONDS, check=self._holder.check, avoid=self._wire.out_of_step,
+                    on_progress=self._doing.note_downloaded,
                 )  # fmt: skip
             except StateUnavailable as exc:
                 logger.warning("%s", exc)
                 continue
+            finally:
+                self._doing.end_download()
             logger.info("state downloaded epoch=%d donor=%s", state.epoch, state.donor)
             return state
         raise StateUnavailable(

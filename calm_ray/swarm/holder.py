@@ -115,6 +115,12 @@ class StateHolder:
             for ours, held in zip(self.model_parameters, self.parameters, strict=True):
                 ours.copy_(held)
 
+    @property
+    def state_bytes(self) -> int:
+        """Of parameters and optimizer together: what a newcomer downloads."""
+        tensors = [*self.parameters, *(v for s in self.optimizer.state.values() for v in s.values())]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
     def snapshot(self) -> HeldState:
         """Copy everything; costs the memory of the state once more."""
         with self.lock, torch.no_grad():

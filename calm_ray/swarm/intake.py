@@ -59,6 +59,11 @@ class Intake:
             self._is_parked = False
         self._tracker.performance_ema.reset_timer()  # waiting is not computing slowly
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the computing thread stands still in `wait_while_parked`."""
+        return self._is_parked
+
     def refresh_model(self) -> None:
         """Give the model the newest parameters."""
         if self._num_copied != self._num_published:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hivemind
+import psutil
 from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
@@ -55,6 +56,7 @@ class Swarm:
         self.loop = EventLoopThread(name="swarm-calls")
         self._p2p: P2P | None = None
         self._p2p_lock = asyncio.Lock()
+        self._helpers = _helpers_of(dht)
 
     @classmethod
     def join(cls, run_id: str, *, initial_peers: Sequence[str], options: NodeOptions) -> "Swarm":
@@ -146,15 +148,17 @@ class Swarm:
         found = self._ask(self.dht.store, key, value, expiration_time=expiration_time, subkey=subkey, **NARROW_WRITE)
         return bool(found)
 
-    def is_alive(self) -> bool:
-        """Whether the DHT process and its p2pd run: without either a trainer would go on alone. A slow one is alive."""
-        try:
-            self.call(lambda p2p: p2p.list_peers(), timeout_seconds=CALL_TIMEOUT_SECONDS)
-        except TimeoutError:
-            pass
-        except (OSError, EOFError):
-            return False
-        return bool(self.dht.is_alive())
+    def lost_process(self) -> str:
+        """Which of our processes has ended, or nothing: without its DHT or p2pd a trainer would go on alone.
+
+        Asks the operating system, not the processes: one that is slow is alive.
+        """
+        for name, process in self._helpers.items():
+            with contextlib.suppress(psutil.Error):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    continue
+            return f"the {name} has ended"
+        return ""
 
     def _ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wait for a DHT call, but never for ever; a dead or stuck DHT process is SwarmUnreachable."""
@@ -172,6 +176,14 @@ class Swarm:
             self._p2p = None
         self.loop.close()
         self.dht.shutdown()
+
+
+def _helpers_of(dht: hivemind.DHT) -> dict[str, psutil.Process]:
+    process = psutil.Process(dht.pid)
+    daemons = [child for child in process.children(recursive=True) if child.name() == "p2pd"]
+    if len(daemons) != 1:
+        raise SwarmUnreachable(f"libp2p's daemon ended as soon as it had started: {len(daemons)} there")
+    return {"DHT process": process, "libp2p daemon": daemons[0]}
 
 
 def ensure_identity(path: Path) -> None:

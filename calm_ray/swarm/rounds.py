@@ -14,7 +14,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from enum import Enum
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from calm_ray.errors import StateUnavailable
 from calm_ray.swarm.averaging import OwnAveraging, schema_of
 from calm_ray.swarm.catchup import Catcher
+from calm_ray.swarm.doing import Doing, Stage
 from calm_ray.swarm.donor import TrainingStateAverager
 from calm_ray.swarm.holder import HeldState, StateHolder, StepRules
 from calm_ray.swarm.intake import Intake
@@ -50,16 +50,6 @@ ROSTER_SECONDS = 5.0
 SERVE_TIMEOUT_SECONDS = 15.0
 
 
-class Stage(Enum):
-    """Where the rounds thread is."""
-
-    ACCUMULATE = "accumulate"
-    MATCH = "match"
-    AVERAGE = "average"
-    STEP = "step"
-    CATCH_UP = "catch up"
-
-
 class SwarmOptimizer:
     """`step(batch_size=n)` after each micro-batch. Auxiliary peers only `start()` it, and hold the state.
 
@@ -71,7 +61,7 @@ class SwarmOptimizer:
         target_batch_size: int, num_epochs: int | None = None, is_auxiliary: bool = False,
         bandwidth_mbps: float | None = None, wire: str = "calm-1",
     ) -> None:  # fmt: skip
-        self.swarm, self.rounds, self.stage = swarm, RoundTally(), Stage.ACCUMULATE
+        self.swarm, self.rounds, self.doing = swarm, RoundTally(), Doing()
         self.on_round: list[Callable[[RoundResult, int], None]] = []
         self._table, self._is_auxiliary, self._target = averaging, is_auxiliary, target_batch_size
         self._num_epochs = num_epochs
@@ -101,14 +91,16 @@ class SwarmOptimizer:
         self._donor = TrainingStateAverager(lambda: self.holder.snapshot())
         if stock is not None:
             stock.follow(self.tracker)
-        self._wire: Wire = stock or OwnAveraging(
+        self.wire: Wire = stock or OwnAveraging(
             swarm, num_elements=self.holder.num_elements, tracker=self.tracker, roster=self.roster,
             schema=schema_of(shapes, compression=averaging.compression, optimizer=type(self.holder.optimizer).__name__),
             table=averaging, epoch=lambda: self.holder.epoch, sketch=self._current_sketch, on_knock=self._on_knock,
             is_auxiliary=is_auxiliary, max_weight=max_weight,
             bandwidth=None if bandwidth_mbps is None else bandwidth_mbps * 1e6 / 8,
         )  # fmt: skip
-        self._catcher = Catcher(swarm, holder=self.holder, wire=self._wire, tracker=self.tracker, roster=self.roster)
+        self._catcher = Catcher(
+            swarm, holder=self.holder, wire=self.wire, tracker=self.tracker, roster=self.roster, doing=self.doing
+        )
         if not swarm.is_client_mode:
             swarm.call(lambda p2p: self._donor.serve(p2p, run_id=swarm.run_id), timeout_seconds=SERVE_TIMEOUT_SECONDS)
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
@@ -124,6 +116,11 @@ class SwarmOptimizer:
     def awaits_full_peer(self) -> bool:
         """Whether we have done our part of the epoch, and no full peer is there to end it with."""
         return self.tracker.awaits_full_peer and self.tracker.local_progress.samples_accumulated >= self._target
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the computing thread stands still until a round is over: with max_staleness = 0."""
+        return self._intake is not None and self._intake.is_waited_for
 
     def start(self) -> None:
         """Take part in rounds from now on, and offer our state. `step` does it by itself."""
@@ -183,7 +180,7 @@ class SwarmOptimizer:
         if self._intake is not None:
             self._intake.close()
         self._thread.join(timeout=STOP_SECONDS)
-        self._wire.close()
+        self.wire.close()
 
     # --- the rounds thread -------------------------------------------------------------------------------------------
 
@@ -196,6 +193,7 @@ class SwarmOptimizer:
         while not self._stop.is_set():
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
+            self.doing.turns += 1
             try:
                 if self._started.is_set():
                     self._tick()
@@ -213,7 +211,7 @@ class SwarmOptimizer:
             finally:
                 if self._intake is not None:
                     self._intake.unpark()
-                self.stage = Stage.ACCUMULATE
+                self.doing.stage = Stage.ACCUMULATE
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
@@ -240,13 +238,13 @@ class SwarmOptimizer:
         is_called = self._called_epoch == epoch
         if is_called and (self._is_auxiliary or self.tracker.share_done >= MIN_CALLED_SHARE):
             return True
-        return self.tracker.is_epoch_full or self.tracker.is_nearly_full(self._wire.lead_seconds)
+        return self.tracker.is_epoch_full or self.tracker.is_nearly_full(self.wire.lead_seconds)
 
     def _end_epoch(self, epoch: int) -> None:
         for _ in range(2):  # retried once: most failures are one peer's, and it will not come again
-            if not self._wire.has_company():
+            if not self.wire.has_company():
                 self.roster.refresh(timeout_seconds=2.0)
-                if not self._wire.has_company():
+                if not self.wire.has_company():
                     self._end_epoch_alone(epoch)
                     return
             try:
@@ -263,11 +261,11 @@ class SwarmOptimizer:
 
     def _average(self, epoch: int) -> RoundResult:
         """One try. The gradient goes back to where it came from unless the round is true."""
-        self.stage = Stage.MATCH
+        self.doing.stage = Stage.MATCH
         result: RoundResult | None = None
         try:
-            result = self._wire.average("gradients", epoch, self._take)
-            is_counted = result.is_true and not self._wire.is_out_of_step
+            result = self.wire.average("gradients", epoch, self._take)
+            is_counted = result.is_true and not self.wire.is_out_of_step
             self._count(epoch, result, is_counted=is_counted and self.swarm.peer_id not in result.banned)
             return result
         finally:
@@ -279,8 +277,8 @@ class SwarmOptimizer:
 
     def _take(self) -> tuple[torch.Tensor, float] | None:
         """What we bring, at the moment the group stands. Until the round is over nobody downloads our state."""
-        self.stage = Stage.AVERAGE
-        deadline = time.monotonic() + self._wire.lead_seconds  # a group may be found ahead of time, as bare peers do
+        self.doing.stage = Stage.AVERAGE
+        deadline = time.monotonic() + self.wire.lead_seconds  # a group may be found ahead of time, as bare peers do
         while time.monotonic() < deadline and not self.tracker.is_epoch_full and not self._stop.is_set():
             if self.tracker.global_epoch > self._epoch:
                 break
@@ -316,32 +314,32 @@ class SwarmOptimizer:
         )  # fmt: skip
         self._count(epoch, result, is_counted=True)
         self._intake.settle(is_used=True)
-        self._wire.forget_group()
+        self.wire.forget_group()
         self._step(epoch, vector)
 
     def _step(self, epoch: int, average: torch.Tensor) -> None:
-        self.stage = Stage.STEP
+        self.doing.stage = Stage.STEP
         if not self.holder.step(average):
             logger.warning("epoch=%d not stepped: the averaged gradient's norm is not finite", epoch)
         try:
             self._maybe_average_state(epoch + 1)
         finally:
             self._publish()
-        if self._wire.is_out_of_step:
+        if self.wire.is_out_of_step:
             logger.warning("epoch=%d our parameters are not the swarm's: downloading its state", epoch)
             self._download(min_epoch=self._epoch)
 
     def _maybe_average_state(self, epoch: int) -> None:
         """Remove drift: unlike CPUs give unlike last bits. All members of the last group decide alike."""
-        if not self._wire.is_state_due(epoch):
-            self._wire.close_state_round(epoch)
+        if not self.wire.is_state_due(epoch):
+            self.wire.close_state_round(epoch)
             return
         self._sketch = None
         try:
-            result = self._wire.average("state", epoch, self._take_state)
+            result = self.wire.average("state", epoch, self._take_state)
         except Behind:
             result = RoundResult(outcome="failed", detail="others have averaged without us")
-        self._wire.close_state_round(epoch)
+        self.wire.close_state_round(epoch)
         logger.info("state round epoch=%d outcome=%s group_size=%d", epoch, result.outcome, result.group_size)
         if result.average is not None:
             self.holder.load_parameters(result.average)
@@ -373,13 +371,13 @@ class SwarmOptimizer:
 
     def _catch_up(self, global_epoch: int, *, hint: str | None = None) -> None:
         """Others have stepped without us: read the average that we missed, or download the state."""
-        self.stage = Stage.CATCH_UP
+        self.doing.stage = Stage.CATCH_UP
         found = self._catcher.find(global_epoch, hint=hint, stop=self._stop)
         if isinstance(found, torch.Tensor):
             self.rounds.num_late_reads += 1
             if self._intake is not None and self._table.max_staleness == 0:
                 self._intake.drop()
-            self._wire.forget_group()
+            self.wire.forget_group()
             self._step(self._epoch, found)
         elif found is not None:
             self._adopt(found)

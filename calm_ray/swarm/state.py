@@ -41,21 +41,25 @@ class TrainingState(HeldState):
 
 def download_state(
     swarm: Swarm, *, min_epoch: int, max_bytes: int, timeout_seconds: float, only_from: str | None = None,
-    avoid: Collection[str] = (),
-    check: Callable[[TrainingState], None] = lambda state: None,
+    avoid: Collection[str] = (), check: Callable[[TrainingState], None] = lambda state: None,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> TrainingState:  # fmt: skip
     """Ask donors, auxiliary peers first; StateUnavailable with what each said if none gives a usable state.
 
     `max_bytes` bounds what a donor may send in all, `timeout_seconds` the whole download from one donor. `only_from`
     names the one donor to ask, `avoid` some not to ask. `check` raises to refuse a state: a donor that claims the
-    newest epoch and sends rubbish is asked first each time, and must not keep us from the others.
+    newest epoch and sends rubbish is asked first each time, and must not keep us from the others. `on_progress` gets
+    the bytes that one donor has sent so far.
     """
     problems = []
     for donor in _donors(swarm, only_from=only_from):
         if donor in avoid:
             continue
         try:
-            download = partial(_download, donor=PeerID.from_base58(donor), run_id=swarm.run_id, max_bytes=max_bytes)
+            download = partial(
+                _download, donor=PeerID.from_base58(donor), run_id=swarm.run_id, max_bytes=max_bytes,
+                on_progress=on_progress,
+            )  # fmt: skip
             state = swarm.call(download, timeout_seconds=timeout_seconds)
             check(state)
         except Exception as exc:  # noqa: BLE001  one donor's failure of any kind: ask the next
@@ -76,7 +80,14 @@ def _donors(swarm: Swarm, *, only_from: str | None) -> list[str]:
     return sorted((p for p in order if only_from in (None, p)), key=order.__getitem__, reverse=True)
 
 
-async def _download(p2p: P2P, *, donor: PeerID, run_id: str, max_bytes: int) -> TrainingState:
+async def _download(
+    p2p: P2P,
+    *,
+    donor: PeerID,
+    run_id: str,
+    max_bytes: int,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> TrainingState:
     stub = TrainingStateAverager.get_stub(p2p, donor, namespace=state_prefix(run_id))
     stream = aiter(await stub.rpc_download_state(averaging_pb2.DownloadRequest()))
     metadata: dict[str, Any] | None = None
@@ -89,6 +100,7 @@ async def _download(p2p: P2P, *, donor: PeerID, run_id: str, max_bytes: int) -> 
         except StopAsyncIteration:
             break
         received += message.ByteSize()
+        on_progress(received)
         if received > max_bytes:
             raise ValueError(f"sends more than the {max_bytes} bytes that this model can have")
         if message.metadata:

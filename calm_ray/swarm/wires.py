@@ -18,6 +18,8 @@ Take = Callable[[], tuple[torch.Tensor, float] | None]
 """Called when the group stands: (flat fp32 vector, its weight), or None to only receive."""
 
 BYTES_PER_ELEMENT = {"none": 4, "fp16": 2, "8bit": 1}
+NUM_ROUNDS_IN_A_TURN = 4
+"""Of the rounds thread: two tries to average gradients, the parameters, and a late reading."""
 NUM_STOCK_MEMBERS = 16
 """Members that the limits on hivemind's wire allow for: they are set before the swarm is known."""
 
@@ -45,6 +47,16 @@ class Wire(Protocol):
         ...
 
     @property
+    def patience_seconds(self) -> float:
+        """The longest that two tries of a round, a state round and a late reading can take together."""
+        ...
+
+    @property
+    def num_missing(self) -> int | None:
+        """Peers that the group which we lead waits for; None if we lead none."""
+        ...
+
+    @property
     def is_out_of_step(self) -> bool: ...
     @property
     def out_of_step(self) -> Collection[str]: ...
@@ -62,7 +74,7 @@ class StockWire:
     Make it before any thread runs: it forks. Bare peers look for the next group before the epoch ends, so we do.
     """
 
-    is_out_of_step = False
+    is_out_of_step, num_missing = False, None
     out_of_step: Collection[str] = ()
 
     def __init__(
@@ -87,6 +99,10 @@ class StockWire:
     def has_company(self) -> bool:
         assert self._tracker is not None
         return bool(self._tracker.records.keys() - {self._swarm.peer_id})
+
+    @property
+    def patience_seconds(self) -> float:
+        return NUM_ROUNDS_IN_A_TURN * (2 * self._limits.matchmaking_seconds + self._limits.round_seconds)
 
     def average(self, kind: Kind, epoch: int, take: Take) -> RoundResult:
         if not self._stock.is_alive():

@@ -20,6 +20,8 @@ from calm_ray.training.prepare import write_parts
 from tests.eventually import eventually
 
 START_SECONDS = 60.0
+ADOPTION_SECONDS = 60.0
+"""Should the tests themselves be killed, their auxiliary peers do not stay for an hour."""
 
 TINY = """
 [run]
@@ -91,7 +93,11 @@ class TinySwarm:
         if "bundle" not in spec:
             spec["invite"] = self.invite
         handle = PeerHandle(
-            PeerSpec(folder=self.folder / name, peer=self.config.peer, **{"linger_seconds": 3600, **spec})
+            PeerSpec(
+                folder=self.folder / name,
+                peer=self.config.peer,
+                **{"linger_seconds": 3600, "adoption_seconds": ADOPTION_SECONDS, **spec},
+            )
         )
         handle.start()
         self.handles[name] = handle

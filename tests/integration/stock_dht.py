@@ -16,6 +16,7 @@ from hivemind.utils import get_dht_time
 from calm_ray.errors import StateUnavailable
 from calm_ray.report import MAX_REPORT_BYTES
 from calm_ray.swarm import catchup
+from calm_ray.swarm.doing import Doing
 from calm_ray.swarm.donor import TrainingStateAverager
 from calm_ray.swarm.holder import HeldState, StateHolder, StepRules
 from calm_ray.swarm.roster import Roster
@@ -53,7 +54,7 @@ def ours_large_report(nodes: Nodes) -> dict[str, Any]:
     try:
         swarm.publish(b"x" * (MAX_REPORT_BYTES + 1), lifetime_seconds=60)
     except AssertionError as exc:
-        return {"num_stored": sum(stored), "is_alive": swarm.is_alive(), "refused": str(exc)}
+        return {"num_stored": sum(stored), "is_alive": not swarm.lost_process(), "refused": str(exc)}
     return {"refused": ""}
 
 
@@ -81,7 +82,7 @@ def ours_late_function(nodes: Nodes) -> dict[str, Any]:
     async def late(p2p: P2P) -> str:
         return str(p2p.peer_id)
 
-    return {"answer": swarm.call(late, timeout_seconds=WAIT_SECONDS) == swarm.peer_id, "is_alive": swarm.is_alive()}
+    return {"answer": swarm.call(late, timeout_seconds=WAIT_SECONDS) == swarm.peer_id, "is_alive": not swarm.lost_process()}
 
 
 def ours_other_model(nodes: Nodes) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def ours_other_model(nodes: Nodes) -> dict[str, Any]:
         patched.setattr(catchup, "STATE_PAUSE_SECONDS", 0.1)
         unused: Any = None
         wire: Any = SimpleNamespace(out_of_step=())
-        catcher = catchup.Catcher(newcomer, holder=ours, wire=wire, tracker=unused, roster=roster)
+        catcher = catchup.Catcher(newcomer, holder=ours, wire=wire, tracker=unused, roster=roster, doing=Doing())
         try:
             catcher.download(min_epoch=0, stop=threading.Event())
         except StateUnavailable as exc:

@@ -1,14 +1,18 @@
-"""SIGKILL at each level of a peer: no DHT process, averager or p2pd may outlive the process that owned it."""
+"""SIGKILL at each level of a peer: nothing outlives its owner, what should come back does, what should stay stays."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from calm_ray.errors import CalmRayError
+from calm_ray.peers.handle import KILLED_CODE, PeerHandle
+from calm_ray.peers.vitals import MARK
 from tests.eventually import eventually
 from tests.integration.runs import tiny_swarm
 
@@ -18,10 +22,6 @@ dht = hivemind.DHT(start=True)
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
 
 
 def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -37,7 +37,8 @@ def test_stock_hivemind_killed_leaves_its_daemon_behind() -> None:
         try:
             assert owner.stdout is not None
             assert owner.stdout.readline() == b"ready\n"
-            helpers = [p for p in _tree(owner.pid) if p.name() != "torch_shm_manager"]
+            children = psutil.Process(owner.pid).children(recursive=True)
+            helpers = [p for p in children if p.name() != "torch_shm_manager"]
             assert "p2pd" in {p.name() for p in helpers}
             owner.kill()
             owner.wait()
@@ -47,26 +48,93 @@ def test_stock_hivemind_killed_leaves_its_daemon_behind() -> None:
             os.killpg(owner.pid, signal.SIGKILL)
 
 
+def _helpers(handle: PeerHandle) -> list[psutil.Process]:
+    """Child, DHT process, p2pd."""
+    return psutil.Process(handle.pid).children(recursive=True)
+
+
+def _child(helpers: list[psutil.Process]) -> psutil.Process:
+    return next(p for p in helpers if "calm_ray.peers.child" in p.cmdline())
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
-@pytest.mark.parametrize("victim", ["child", "watchdog"])
-def test_peer_killed_leaves_nothing_behind(tmp_path: Path, victim: str) -> None:
+@pytest.mark.parametrize("victim", ["child", "p2pd", "dht"])
+def test_peer_whose_process_was_killed_comes_back_and_leaves_nothing_behind(tmp_path: Path, victim: str) -> None:
     with tiny_swarm(tmp_path) as swarm:
-        handle = swarm.handles["auxiliary"]
-        helpers = _tree(handle.pid)
-        child = next(p for p in helpers if "calm_ray.peers.child" in p.cmdline())
-        assert "p2pd" in {p.name() for p in helpers}
-        if victim == "child":
-            child.kill()
-            eventually(lambda: not _alive(helpers), 10, lambda: f"left: {_alive(helpers)}")
-            swarm.wait("auxiliary", lambda s: s.num_restarts >= 1 and s.state == "assisting", 60)
-        else:
-            os.kill(handle.pid, signal.SIGKILL)
-            eventually(lambda: not _alive(helpers), 10, lambda: f"left: {_alive(helpers)}")
+        helpers = _helpers(swarm.handles["auxiliary"])
+        child = _child(helpers)
+        p2pd = next(p for p in helpers if p.name() == "p2pd")
+        parent = p2pd.parent()
+        assert parent is not None
+        assert parent.pid != child.pid, "p2pd hangs below the DHT's process"
+        {"child": child, "p2pd": p2pd, "dht": parent}[victim].kill()
+        eventually(lambda: not _alive(helpers), 10, lambda: f"left: {_alive(helpers)}")
+        status = swarm.wait("auxiliary", lambda s: s.num_restarts >= 1 and s.state == "assisting", 60)
+        assert status.restarts == {"killed" if victim == "child" else "crashed": 1}
 
 
-def test_peer_leaves_when_its_lease_is_lost(tmp_path: Path) -> None:
+def test_peer_whose_watchdog_was_killed_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> None:
+    """Even what could not leave by itself: a child that hangs, and a bystander that bears the folder's mark."""
     with tiny_swarm(tmp_path) as swarm:
         handle = swarm.handles["auxiliary"]
-        helpers = [psutil.Process(handle.pid), *_tree(handle.pid)]
+        helpers = _helpers(handle)
+        os.kill(handle.pid, signal.SIGKILL)
+        eventually(lambda: not _alive(helpers), 10, lambda: f"left: {_alive(helpers)}")
+        assert handle.status().exit_code == KILLED_CODE
+
+        sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+        bystander, ours = (
+            subprocess.Popen(sleeper, env={**os.environ, MARK: str(folder)})
+            for folder in (tmp_path / "another", tmp_path / "auxiliary")
+        )
+        try:
+            swarm.start_first()
+            assert ours.wait(1) == -signal.SIGTERM
+            assert bystander.poll() is None
+        finally:
+            for process in (bystander, ours):
+                process.kill()
+                process.wait()
+        log = swarm.log("auxiliary")
+        assert f"watchdog: ended what an earlier crash had left: {psutil.Process().name()[:6]}" in log
+
+
+def test_trainer_leaves_when_its_lease_is_lost(tmp_path: Path) -> None:
+    with tiny_swarm(tmp_path) as swarm:
+        handle = swarm.start("trainer", role="trainer", reach="public", wait_for="training")
+        helpers = [psutil.Process(handle.pid), *_helpers(handle)]
         handle.abandon()
         eventually(lambda: not _alive(helpers), 10, lambda: f"left: {_alive(helpers)}")
+        assert handle.status().exit_code == 0
+
+
+def test_auxiliary_peer_outlives_its_holder_and_is_adopted_with_its_pid(tmp_path: Path) -> None:
+    with tiny_swarm(tmp_path, run_id="adopted") as swarm:
+        handle = swarm.handles["auxiliary"]
+        config_hash = swarm.config.run.config_hash()
+        helpers = [psutil.Process(handle.pid), *_helpers(handle)]
+        handle.abandon()
+        adopter = PeerHandle(handle.spec)
+        with pytest.raises(CalmRayError, match=r"another peer runs there \(pid \d+\): config: [0-9a-f]+, wanted other"):
+            adopter.start(config_hash="other")
+        with pytest.raises(CalmRayError, match="role: auxiliary, wanted monitor"):
+            PeerHandle(handle.spec.model_copy(update={"role": "monitor", "resume": None})).start()
+        adopter.start(config_hash=config_hash)
+        assert adopter.is_adopted
+        assert adopter.pid == handle.pid
+        assert len(_alive(helpers)) == len(helpers)
+        assert adopter.status().num_restarts == 0
+        adopter.stop()
+        eventually(lambda: not _alive(helpers), 10, lambda: f"left: {_alive(helpers)}")
+
+
+def test_auxiliary_peer_that_nobody_adopts_leaves_in_the_end(tmp_path: Path) -> None:
+    with tiny_swarm(tmp_path) as swarm:
+        swarm.handles["auxiliary"].stop()
+        swarm.start_first(adoption_seconds=3.0)
+        handle = swarm.handles["auxiliary"]
+        helpers = [psutil.Process(handle.pid), *_helpers(handle)]
+        watch = time.monotonic()
+        handle.abandon()
+        eventually(lambda: not _alive(helpers), 15, lambda: f"left: {_alive(helpers)}")
+        assert time.monotonic() - watch > 3.0

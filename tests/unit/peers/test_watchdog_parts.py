@@ -9,10 +9,11 @@ import pytest
 
 from calm_ray.errors import CalmRayError, ConfigError
 from calm_ray.peers.control import MAX_LINE_BYTES, socket_path
+from calm_ray.peers.lines import LineBuffer
 from calm_ray.peers.log import RotatingLog
 from calm_ray.peers.monitor import due_epoch
 from calm_ray.peers.trainer import EpochTally
-from calm_ray.peers.watchdog import _exclusive, _LineBuffer
+from calm_ray.peers.watchdog import _exclusive
 from calm_ray.training.loop import MicroStep
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -21,7 +22,7 @@ from calm_ray.training.loop import MicroStep
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 100])
 def test_lines_come_whole_however_they_were_cut(chunk_size: int) -> None:
     data = b'{"state": "training"}\n\n{"state": "gr\xc3\xbc\xc3\x9fe"}\nrest'
-    buffer = _LineBuffer()
+    buffer = LineBuffer()
     lines = [
         line for start in range(0, len(data), chunk_size) for line in buffer.feed(data[start : start + chunk_size])
     ]
@@ -30,7 +31,7 @@ def test_lines_come_whole_however_they_were_cut(chunk_size: int) -> None:
 
 
 def test_line_that_never_ends_is_dropped_and_the_next_ones_come() -> None:
-    buffer = _LineBuffer()
+    buffer = LineBuffer()
     for _ in range(40):
         assert buffer.feed(bytes(MAX_LINE_BYTES // 8).replace(b"\0", b"x")) == []
         assert len(buffer._rest) <= MAX_LINE_BYTES

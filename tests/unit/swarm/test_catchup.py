@@ -11,6 +11,7 @@ import torch
 from calm_ray.errors import StateUnavailable
 from calm_ray.swarm import catchup
 from calm_ray.swarm.catchup import Catcher
+from calm_ray.swarm.doing import Doing
 
 OWN = 7
 AVERAGE = torch.ones(3)
@@ -25,7 +26,7 @@ class Swarm:
     def __init__(self, *, holders: Mapping[str, int], trainers: Mapping[str, int]) -> None:
         self.holders = {peer: SimpleNamespace(epoch=epoch) for peer, epoch in holders.items()}
         self.records = {peer: SimpleNamespace(epoch=epoch) for peer, epoch in {**trainers, "me": OWN}.items()}
-        self.epoch, self.num_elements, self.check = OWN, 3, None
+        self.epoch, self.num_elements, self.state_bytes, self.check = OWN, 3, 36, None
         self.disbelieved: list[int] = []
         self.distrusted: list[str] = []
         self.read: list[str] = []
@@ -56,7 +57,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def find(swarm: Swarm, claimed: int, *, hint: str | None = None) -> Any:
     there: Any = swarm
-    catcher = Catcher(there, holder=there, wire=there, tracker=there, roster=there)
+    catcher = Catcher(there, holder=there, wire=there, tracker=there, roster=there, doing=Doing())
     return catcher.find(claimed, hint=hint, stop=threading.Event())
 
 
