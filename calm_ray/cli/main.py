@@ -42,6 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     reach.add_argument("--client-mode", action="store_true", help="never accept connections from others")
     join.set_defaults(command=_join)
 
+    doctor = commands.add_parser("doctor", help="check this machine, and the way to a run, before joining it")
+    doctor.add_argument("invite", nargs="?", help="the run to check the way to (default: only this machine)")
+    doctor.add_argument("--config", type=Path, help="TOML file with a [peer] table, as for join")
+    doctor.add_argument("--folder", type=Path, help="the peer's folder, as for join")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(command=_doctor)
+
     peer = commands.add_parser("peer", help="run one peer of any role under its watchdog")
     peer.add_argument("--spec", help="the peer as JSON (overrides everything else)")
     peer.add_argument("--role", choices=("trainer", "auxiliary", "monitor"), default="trainer")
@@ -79,6 +86,12 @@ def _join(args: argparse.Namespace) -> int:
 
     reach: Reach = "public" if args.public else "client" if args.client_mode else "auto"
     return join(args.invite, config=args.config, folder=args.folder, name=args.name, reach=reach)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from calm_ray.cli.doctor import examine
+
+    return examine(args.invite, config=args.config, folder=args.folder, as_json=args.json)
 
 
 def _peer(args: argparse.Namespace) -> int:

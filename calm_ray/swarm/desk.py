@@ -1,4 +1,4 @@
-"""What auxiliary peers do for newcomers, by RPC: hand out the run bundle, and dial back to tell who can be reached.
+"""What auxiliary peers do for newcomers, by RPC: give the bundle and the time, and dial back to tell who is reachable.
 
 Messages are protobuf's own StringValue and BytesValue, so that there is no schema to compile. The dial-back connects a
 fresh libp2p daemon to the address that *we observed*, never to one that the caller names: nobody can point us at a
@@ -66,6 +66,10 @@ class Desk(ServicerBase):
                         while chunk := file.read(CHUNK_BYTES):
                             yield BytesValue(value=chunk)
             yield BytesValue()
+
+    async def rpc_time(self, request: StringValue, context: P2PContext) -> StringValue:  # noqa: ARG002
+        """This machine's clock in Unix seconds, for `clock_offset.py`."""
+        return StringValue(value=f"{time.time():.6f}")
 
     async def rpc_dial_back(self, request: StringValue, context: P2PContext) -> StringValue:
         """Answer {"host": observed host, "is_reachable": bool, "reason": str} for the TCP port in `request`."""
