@@ -29,6 +29,7 @@ from hivemind.utils import get_dht_time
 
 from calm_ray.swarm.node import NARROW_READ, NARROW_WRITE
 from calm_ray.swarm.records import owner_of
+from calm_ray.swarm.skew import Skews
 
 MIN_REPORT_SECONDS, MAX_REPORT_SECONDS = 0.5, 5.0
 REPORTS_PER_EPOCH = 8
@@ -90,6 +91,7 @@ class ProgressTracker(_ProgressTracker):
         self._last_write, self.began_at = 0.0, get_dht_time()
         self._report_seconds = MIN_REPORT_SECONDS
         self._disbelieved, self._disbelieved_until = 0, 0.0
+        self._skews, self._parsed_at = Skews(), time.monotonic()
         self.records: Mapping[str, LocalTrainingProgress] = {}
         super().__init__(_NarrowReads(dht), *args, **kwargs)
 
@@ -179,8 +181,19 @@ class ProgressTracker(_ProgressTracker):
         )  # fmt: skip
         self.global_state_updated.set()  # read anew, now
 
+    def _on_our_clock(self, subkey: Any, entry: Any, *, read_seconds: float) -> Any:
+        if entry.value is None:
+            return entry
+        written_at = self._skews.on_our_clock(
+            str(subkey), entry.value["time"], now=get_dht_time(), read_seconds=read_seconds
+        )
+        return replace(entry, value={**entry.value, "time": written_at})
+
     def _parse_swarm_progress_data(self, metadata: Any) -> GlobalTrainingProgress:
         entries = dict(list(metadata.items())[:MAX_RECORDS]) if isinstance(metadata, Mapping) else {}
+        now = time.monotonic()
+        read_seconds, self._parsed_at = now - self._parsed_at, now
+        entries = {key: self._on_our_clock(key, entry, read_seconds=read_seconds) for key, entry in entries.items()}
         present = [entry.value for entry in entries.values() if entry.value is not None]
         self.records = _by_peer(entries)
         if get_dht_time() < self._disbelieved_until:  # whoever wrote it is there all the same
