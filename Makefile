@@ -3,6 +3,7 @@
 #   make test                 the fast suite
 #   make check                lint, format, types
 #   make test-slow SHARD=1/2  one part of the slow tests (some need root and `make system-deps`)
+#   make chaos                60 faults in 100 epochs on this machine, about an hour: see docs/faults.md
 #   make wheel, make release  see docs/releasing.md
 # PIP_ARGS goes to every pip call: an index with CPU-only builds of torch saves gigabytes on a machine without a GPU.
 # VENV=path uses another environment, PYTHON=path another interpreter, PYTEST_ARGS='-k name' another choice of tests.
@@ -10,11 +11,12 @@
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 SHARDS := 2
 SHARD_SECONDS := 1800
 TEST_EXTRAS := ray,dev
-SYSTEM_PACKAGES := iproute2 iptables procps
-SYSTEM_PROGRAMS := ip tc iptables ps
+SYSTEM_PACKAGES := faketime iproute2 iptables procps
+SYSTEM_PROGRAMS := faketime ip tc iptables ps
 
 supported = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
@@ -22,7 +24,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all check format wheel release system-deps
+.PHONY: help demo test test-slow test-all chaos check format wheel release system-deps
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +42,10 @@ test-slow: $(VENV)/.has-test
 
 test-all: test
 	for k in $$(seq $(SHARDS)); do $(MAKE) test-slow SHARD=$$k/$(SHARDS) || exit 1; done
+
+# CHAOS_ARGS='--stock --seed 2': bare hivemind beside it, another schedule.
+chaos: $(VENV)/.has-test
+	$(BIN) -W ignore -m benchmarks.chaos $(CHAOS_ARGS)
 
 check: $(VENV)/.has-test
 	$(BIN) -m ruff check .

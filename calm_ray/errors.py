@@ -35,6 +35,18 @@ class VersionMismatch(CalmRayError):
     exit_code = 5
 
 
+class DiskTrouble(CalmRayError):
+    """A disk is full or has become read-only: try again when somebody has made room."""
+
+    exit_code = 7
+
+
+class Moved(CalmRayError):
+    """This machine's addresses have changed: join again, for others look for us where we were."""
+
+    exit_code = 8
+
+
 class CheckpointRejected(CalmRayError):
     """A checkpoint is incomplete, altered or not finite: keep the previous one."""
 

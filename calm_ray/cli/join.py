@@ -38,7 +38,8 @@ def join(invite_text: str, *, config: Path | None, folder: Path | None, name: st
     if watchdog.status.error:
         print(f"calm-ray: {watchdog.status.error}", file=sys.stderr)
     elif code == 0:
-        print(f"Left the run. You contributed {narrator.samples_contributed} samples. Thank you!")
+        number = narrator.samples_contributed
+        print(f"Left the run. You contributed {number} samples. Thank you!" if number else "Left the run.")
     return code
 
 
@@ -58,6 +59,7 @@ class Narrator:
         self._started_at = started_at
         self._last: tuple[str, str] = ("", "")
         self._last_epoch = -1
+        self._warnings: tuple[str, ...] = ()
         self.samples_contributed = 0
 
     def __call__(self, status: PeerStatus) -> None:
@@ -65,6 +67,9 @@ class Narrator:
         if now != self._last and status.state != "left":
             self._last = now
             self._say(f"{status.state}{': ' + status.detail if status.detail else ''}")
+        for text in [text for text in status.warnings if text not in self._warnings]:
+            self._say(f"warning: {text}")
+        self._warnings = status.warnings
         if status.report is not None:
             self._on_report(status.report)
 
@@ -76,8 +81,12 @@ class Narrator:
             self._say(
                 f"epoch {record.epoch + 1} done, {record.num_samples} samples from you, "
                 f"MLM loss {record.mlm_mean_loss:.3f}, SOP loss {record.sop_mean_loss:.3f}, "
-                f"{report.samples_per_second:.1f} samples/s, averaged with {max(0, report.last_group_size - 1)} others"
+                f"{report.samples_per_second:.1f} samples/s{_with_others(report.last_group_size)}"
             )
 
     def _say(self, text: str) -> None:
         print(f"[{time.time() - self._started_at:6.1f} s] {text}", flush=True)
+
+
+def _with_others(group_size: int) -> str:
+    return f", averaged with {group_size - 1} others" if group_size > 1 else ""

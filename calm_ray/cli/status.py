@@ -1,5 +1,6 @@
 """`calm-ray status`: the peers on this machine by their control sockets, or a whole swarm by an invite."""
 
+import contextlib
 import json
 import tempfile
 import time
@@ -11,6 +12,7 @@ from calm_ray.errors import CalmRayError, ConfigError
 from calm_ray.invite import PREFIX, decode_invite
 from calm_ray.observe.table import rounds_text
 from calm_ray.peers.control import ControlClient
+from calm_ray.peers.endings import last_status
 from calm_ray.peers.status import PeerStatus
 
 
@@ -23,36 +25,48 @@ def print_status(target: str | None, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({folder: s.model_dump(mode="json") for folder, s in statuses.items()}, indent=2))
     for folder, status in statuses.items() if not as_json else ():
-        print(f"{folder}: {status.role} of {status.run_id or '?'}: {status.state}{_numbers(status)}  {status.detail}")
+        print("\n    ".join([f"{folder}: {headline(status)}", *details(status, now=time.time())]))
     if not statuses:
         raise CalmRayError(f"no peer runs under {root}; start one with `calm-ray join INVITE`")
     return 0
 
 
-def _numbers(status: PeerStatus) -> str:
-    """What the peer's last report says of its work; a monitor has none."""
-    report = status.report
-    if report is None:
-        return ""
-    parts = [f"epoch {report.epoch}"]
-    if report.role == "trainer":
-        parts.append(f"{report.samples_per_second:.1f} samples/s")
-    if report.role != "monitor":
-        parts.append(f"rounds: {rounds_text(report.rounds)}")
-    return "  " + ", ".join(parts)
+def headline(status: PeerStatus) -> str:
+    """What a peer is, and what it is doing now."""
+    what = f"{status.role} of {status.run_id}" if status.run_id else status.role
+    doing = status.error if status.state == "parked" else status.doing or status.detail
+    return f"{what}: {status.state}{': ' + doing if doing else ''}"
+
+
+def details(status: PeerStatus, *, now: float) -> list[str]:
+    """A line each for its work, its last success, its failures, and what is wrong at this moment."""
+    lines = []
+    if (report := status.report) is not None:
+        parts = [f"epoch {report.epoch}"]
+        if report.role == "trainer":
+            parts += [f"{report.samples_per_second:.1f} samples/s", f"{report.samples_contributed:,} contributed"]
+        if report.role != "monitor":
+            parts.append(f"rounds: {rounds_text(report.rounds)}")
+        if report.num_resyncs:
+            parts.append(f"{report.num_resyncs} re-syncs")
+        lines.append(", ".join(parts))
+    if status.last_success_at is not None:
+        what = "reading" if status.role == "monitor" else "true round"
+        lines.append(f"last {what} {max(0.0, now - status.last_success_at):.0f} s ago")
+    if status.restarts:
+        lines.append("restarts: " + ", ".join(f"{number} {cause}" for cause, number in sorted(status.restarts.items())))
+    lines += [f"warning: {text}" for text in status.warnings]
+    if status.state == "parked":
+        lines.append("not started again by itself; its last lines are in parked.log, and a new start by you tries anew")
+    return lines
 
 
 def _ask(folder: Path) -> PeerStatus | None:
-    try:
-        client = ControlClient(folder)
-    except OSError:
-        return None
-    try:
+    """What the peer there says; of one that has given up, what it said last."""
+    with contextlib.suppress(OSError), contextlib.closing(ControlClient(folder)) as client:
         return client.call("status")
-    except OSError:
-        return None
-    finally:
-        client.close()
+    last = last_status(folder)
+    return last if last is not None and last.state == "parked" else None
 
 
 def _print_swarm(invite_text: str, *, as_json: bool) -> int:

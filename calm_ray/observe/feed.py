@@ -60,6 +60,10 @@ class Event(FeedRow):
     seq: int
 
 
+class FeedDamaged(CalmRayError):
+    """The file is no feed any more: put it aside and begin a new one."""
+
+
 class _Connection:
     """What reader and writer share: open, read, close, and SQLite's errors as ours. For one thread."""
 
@@ -225,7 +229,8 @@ def _translated(path: Path) -> Iterator[None]:
         code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such table" in str(exc):
             remedy = "the feed is damaged: move it away, a new one is filled from the other monitor's"
-        elif code == sqlite3.SQLITE_FULL:
+            raise FeedDamaged(f"{path}: {exc}; {remedy}") from exc
+        if code == sqlite3.SQLITE_FULL:
             remedy = "the disk is full: free some space; nothing of the last append was kept"
         elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
             remedy = "not writable, or not readable: check the folder's owner and whether the disk is mounted read-only"

@@ -26,10 +26,10 @@ PARKED_SECONDS = 1800.0
 MAX_KEPT = 64
 MAX_WHY = 500
 
-Cause = Literal["crashed", "killed", "stalled", "memory", "unreachable", "no-state", "mistake"]
+Cause = Literal["crashed", "killed", "stalled", "memory", "unreachable", "no-state", "disk", "moved", "mistake"]
 """`crashed`: an error; `killed`: by a signal from outside; `stalled`: by the watchdog, for it made no progress;
 `memory`: by the watchdog, for it grew too large; `mistake`: a person has to mend config, version or checkpoint."""
-PATIENT: frozenset[Cause] = frozenset({"unreachable", "no-state"})
+PATIENT: frozenset[Cause] = frozenset({"unreachable", "no-state", "disk", "moved"})
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 

@@ -12,16 +12,15 @@ import signal
 import sys
 import threading
 
-from calm_ray.errors import CalmRayError
+from calm_ray.errors import CalmRayError, DiskTrouble
 from calm_ray.peers.context import PeerContext
+from calm_ray.peers.endings import disk_words, is_disk_trouble
 from calm_ray.peers.process import DUMP_SIGNAL
-from calm_ray.peers.spec import PeerSpec
+from calm_ray.peers.spec import NUM_FILES, PeerSpec
 
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 6.0
-NUM_FILES = 16384
-"""CALM's README: the default of 1024 ends in "too many open files" once a swarm has some dozens of peers."""
 
 
 def main(status_fd: int, spec: PeerSpec) -> int:
@@ -40,8 +39,13 @@ def main(status_fd: int, spec: PeerSpec) -> int:
         context.fail(str(exc))
         code = exc.exit_code
     except Exception as exc:
-        logger.exception("unexpected")
-        context.fail(f"{type(exc).__name__}: {exc} (this is a bug: please send us {spec.log_path})")
+        if isinstance(exc, OSError) and is_disk_trouble(exc):
+            logger.exception("disk")
+            context.fail(f"{exc.filename or spec.folder}: {disk_words(exc)}")
+            code = DiskTrouble.exit_code
+        else:
+            logger.exception("unexpected")
+            context.fail(f"{type(exc).__name__}: {exc} (this is a bug: please send us {spec.log_path})")
     finally:
         # hivemind's goodbyes may hang on a dead peer; everything forked from here dies with this process anyway.
         threading.Timer(GRACE_SECONDS, os._exit, args=(code,)).start()

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from calm_ray import __version__
-from calm_ray.bundle import open_bundle
 from calm_ray.config import RunTable
-from calm_ray.errors import SwarmUnreachable
-from calm_ray.invite import Invite, decode_invite
+from calm_ray.errors import CalmRayError, SwarmUnreachable
+from calm_ray.invite import decode_invite
+from calm_ray.peers.entry import enter
 from calm_ray.peers.judge import BEAT_SECONDS, Pulse
-from calm_ray.peers.known import MAX_KEPT, KnownPeers, listen_with_port, load_known, save_known
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
+from calm_ray.peers.vigil import Vigil
 from calm_ray.report import PeerReport, State, encode
-from calm_ray.swarm.addresses import parse_address
-from calm_ray.swarm.node import NodeOptions, Swarm
-from calm_ray.swarm.reception import Reception, receive
+from calm_ray.swarm.node import Swarm
 
 logger = logging.getLogger(__name__)
 
@@ -57,49 +55,18 @@ class PeerContext:
     # --- joining -----------------------------------------------------------------------------------------------------
 
     def join(self) -> None:
-        """Get the bundle and become a member of the DHT. Raises the errors of `receive` and `Swarm.join`."""
-        spec = self.spec
-        if spec.bundle is not None:
-            self.bundle, self._known = spec.bundle, load_known(spec.folder)
-            initial_peers = self._known.live()
-            listen, announce, is_client = self._known.free_listen(spec.peer.listen), spec.peer.announce, False
-        else:
-            assert spec.invite is not None
-            invite = decode_invite(spec.invite)
-            initial_peers = invite.addresses
-            self.tell("joining", "asking for the run bundle", run_id=invite.run_id)
-            reception = self._receive(invite)
-            self.bundle, listen = reception.bundle, reception.listen
-            announce = spec.peer.announce or reception.announce
-            is_client = not (reception.is_reachable or spec.reach == "public")
-            self.tell("joining", reception.verdict)
-        _, self.run = open_bundle(self.bundle)
-        options = NodeOptions(
-            is_client_mode=is_client, listen=listen, announce=announce, identity_path=spec.identity_path
-        )
-        try:
-            self.swarm = Swarm.join(self.run.run_id, initial_peers=initial_peers, options=options)
-        except SwarmUnreachable:
-            if spec.bundle is None or not initial_peers:
-                raise
-            initial_peers = ()  # somebody else has those addresses now
-            self.swarm = Swarm.join(self.run.run_id, initial_peers=(), options=options)
-        self.is_first = not initial_peers
+        """Get the bundle and become a member of the DHT; see `entry.enter` for what it raises."""
+        if self.spec.invite is not None:
+            self._update(run_id=decode_invite(self.spec.invite).run_id)
+        entry = enter(self.spec, say=lambda words: self.tell("joining", words))
+        self.swarm, self.run, self.bundle, self.is_first = entry.swarm, entry.run, entry.bundle, entry.is_first
         self._update(
             run_id=self.run.run_id, config_hash=self.run.config_hash(), peer_id=self.swarm.peer_id,
-            is_client_mode=is_client,
-            addresses=tuple(self.swarm.addresses()) if not is_client else (),
+            is_client_mode=entry.is_client_mode,
+            addresses=() if entry.is_client_mode else tuple(self.swarm.addresses()),
         )  # fmt: skip
-
-    def _receive(self, invite: Invite) -> Reception:
-        listen = self.spec.peer.listen
-        if all(parse_address(address).is_loopback for address in invite.addresses):
-            listen = listen.replace("/ip4/0.0.0.0/", "/ip4/127.0.0.1/")  # the whole swarm is on this machine
-        return receive(
-            invite, folder=self.spec.folder / "bundle", listen=listen, identity_path=self.spec.identity_path,
-            should_dial_back=self.spec.reach == "auto",
-            on_progress=lambda done, total: self.tell("joining", f"run bundle {100 * done // max(1, total)} %"),
-        )  # fmt: skip
+        self._vigil = Vigil(entry, folder=self.spec.folder, boot_id=self.boot_id, warn=self.warn)
+        self._vigil.check_clock()
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
@@ -120,8 +87,9 @@ class PeerContext:
         """Show what is wrong `about` something, next to what we are doing; an empty text takes it back."""
         if self._warnings.get(about, "") == text:
             return
+        if not text or about not in self._warnings:
+            logger.warning("%s: %s", about, text or "well again")
         self._warnings = {key: value for key, value in {**self._warnings, about: text}.items() if value}
-        logger.warning("%s: %s", about, text or "well again")
         self._update(warnings=tuple(self._warnings.values()))
 
     def _beat_for_ever(self) -> None:
@@ -129,9 +97,8 @@ class PeerContext:
         while not self.stop.wait(BEAT_SECONDS):
             pulses = {"reports": Pulse(count=self._num_reports, allowance_seconds=REPORT_SECONDS), **self._pulses()}
             self._update(pulses=pulses, doing=self._words())
-            if (lost := self.swarm.lost_process()) and not self.stop.is_set():
-                self.fail(lost)
-                os._exit(LOST_EXIT_CODE)  # the watchdog starts us again; no thread here can mend it
+            if lost := self.swarm.lost_process():
+                self._end(lost, LOST_EXIT_CODE)
 
     def fail(self, message: str) -> None:
         """The last word before an exit."""
@@ -156,9 +123,18 @@ class PeerContext:
     def _report_for_ever(self) -> None:
         while not self.stop.is_set():
             started = time.monotonic()
+            try:
+                self._vigil.look()  # before we publish: who else uses our name shows only until then
+            except CalmRayError as exc:
+                self._end(str(exc), exc.exit_code)
             self.publish()
-            self._remember()
             self.stop.wait(max(0.1, self.run.report_seconds - (time.monotonic() - started)))
+
+    def _end(self, message: str, code: int) -> None:
+        """The watchdog starts us again, or not; no thread here can mend it."""
+        if not self.stop.is_set():
+            self.fail(message)
+            os._exit(code)
 
     def publish(self) -> None:
         """Publish one report now; a DHT that does not answer is only logged, for the next report replaces this one."""
@@ -174,20 +150,9 @@ class PeerContext:
         self._num_reports += 1
         self._update(report=report)
 
-    def _remember(self) -> None:
-        """Auxiliary peers without an invite: where to go when we start again."""
-        if self.spec.bundle is None:
-            return
-        addresses = tuple(self.swarm.neighbours()[:MAX_KEPT])
-        if addresses:  # who is alone keeps what it knew
-            listen = listen_with_port(self.spec.peer.listen, self.swarm.addresses())
-            known = KnownPeers(listen=listen, addresses=addresses)
-            if known != self._known:
-                self._known = known
-                save_known(self.spec.folder, known)
-
     def close(self) -> None:
         """Leave the swarm."""
         self.stop.set()
         if hasattr(self, "swarm"):
+            self.swarm.withdraw(lifetime_seconds=self.run.report_lifetime_seconds)
             self.swarm.close()

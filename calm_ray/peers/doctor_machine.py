@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from calm_ray.peers.doctor_checks import GB, REINSTALL, Check, size
+from calm_ray.peers.spec import NUM_FILES
 
 PYTHONS = ((3, 11), (3, 13))
 """First and last version that pyproject.toml allows."""
@@ -20,8 +21,6 @@ PACKAGES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 """Package -> (lowest version, first version that is too new), as in pyproject.toml."""
 MACHINES = {"linux": ("x86_64", "amd64", "aarch64", "arm64"), "darwin": ("arm64",)}
 """What hivemind has builds for."""
-NUM_FILES = 16384
-"""As `child.NUM_FILES`, to which a peer raises its limit; that module loads torch."""
 LEAST_NUM_FILES = 1024
 LEAST_MEMORY_BYTES, LITTLE_MEMORY_BYTES = int(1.5 * GB), 4 * GB
 """torch, hivemind and a tiny model fit into the first; a run's model into the second."""

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from calm_ray.errors import CheckpointRejected, ConfigError, StateUnavailable, SwarmUnreachable, VersionMismatch
+from calm_ray.errors import (
+    CheckpointRejected,
+    ConfigError,
+    DiskTrouble,
+    Moved,
+    StateUnavailable,
+    SwarmUnreachable,
+    VersionMismatch,
+)
 from calm_ray.peers.budget import Cause, write_atomically
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
@@ -23,6 +31,8 @@ _CAUSES: dict[int, Cause] = {
     CheckpointRejected.exit_code: "mistake",
     SwarmUnreachable.exit_code: "unreachable",
     StateUnavailable.exit_code: "no-state",
+    DiskTrouble.exit_code: "disk",
+    Moved.exit_code: "moved",
 }
 
 
@@ -54,15 +64,22 @@ def ending_of(code: int, *, error: str, verdict: tuple[Cause, str] | None, num_o
     return Ending(exit_code=128 - code, cause="killed", why=why)
 
 
+_DISK_WORDS = {
+    errno.ENOSPC: "the disk is full: free some space, or choose another --folder",
+    errno.EDQUOT: "your quota on this disk is used up: free some space, or choose another --folder",
+    errno.EROFS: "the disk is read-only: choose another --folder",
+}
+
+
 def disk_words(exc: OSError) -> str:
     """What happened on a disk, and what to do about it."""
-    remedies = {
-        errno.ENOSPC: "the disk is full: free some space, or choose another --folder",
-        errno.EDQUOT: "your quota on this disk is used up: free some space, or choose another --folder",
-        errno.EROFS: "the disk is read-only: choose another --folder",
-    }
     where = f" ({exc.filename})" if exc.filename else ""
-    return remedies.get(exc.errno or 0, f"{exc.strerror or exc}{where}; choose another --folder, which you own")
+    return _DISK_WORDS.get(exc.errno or 0, f"{exc.strerror or exc}{where}; choose another --folder, which you own")
+
+
+def is_disk_trouble(exc: OSError) -> bool:
+    """Whether the same will work once somebody has made room."""
+    return exc.errno in _DISK_WORDS
 
 
 def remember(folder: Path, status: PeerStatus) -> None:

@@ -107,6 +107,11 @@ class PeerHandle:
         assert self._process is not None, "start() first"
         return self._process.pid
 
+    @property
+    def is_held(self) -> bool:
+        """Whether we have the lease, as far as we know."""
+        return self._control is not None
+
     def status(self) -> PeerStatus:
         """The peer's last word; after it has left, what it said then."""
         assert self._process is not None, "start() first"

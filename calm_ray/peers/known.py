@@ -1,6 +1,7 @@
-"""What an auxiliary peer needs when it starts again: where its swarm was, and the port that invites name.
+"""What a peer needs to find its swarm again when it starts: where others were, and how it was reached itself.
 
-It has no invite, for it is what invites name. Without this it would come back as a swarm of its own, on another port.
+An auxiliary peer has no invite, for it is what invites name: without this it would come back as a swarm of its own, on
+another port. Everyone else has one, and its addresses may all be gone by then, while the swarm trains on.
 """
 
 import logging
@@ -27,6 +28,8 @@ class KnownPeers(BaseModel):
 
     listen: str = ""
     """Where we listened, with the port that we got."""
+    announce: tuple[str, ...] = Field(default=(), max_length=MAX_KEPT)
+    is_client_mode: bool = True
     addresses: tuple[str, ...] = Field(default=(), max_length=MAX_KEPT)
     """Full peers that we were connected to."""
 

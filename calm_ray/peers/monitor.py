@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from calm_ray.errors import CalmRayError, SwarmUnreachable
-from calm_ray.observe.feed import Feed
 from calm_ray.observe.ingest import rows_of
+from calm_ray.observe.keeper import FeedKeeper
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.judge import Pulse
 from calm_ray.peers.spec import CheckpointSpec
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 READING_SECONDS = 300.0
 """Without one reading of the swarm's reports, this process is not what is needed."""
-RETRY_SECONDS = 5.0
-"""Between two tries to get a checkpoint's state."""
+RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 300.0
+"""Between two tries to get a checkpoint's state, which cost a donor the state's bytes: doubled each time."""
 DOWNLOAD_SECONDS = 600.0
 """Of one state: 2 GB (ALBERT-large with LAMB has 216 MB) at 30 Mbit/s."""
 
@@ -44,7 +44,8 @@ def run(context: PeerContext) -> None:
         pulses=lambda: {"readings": Pulse(count=num_readings, allowance_seconds=READING_SECONDS)},
     )
     context.tell("watching")
-    with Feed(context.spec.feed_path) as feed, Checkpointer(context) as checkpointer:
+    warn = partial(context.warn, "feed")
+    with FeedKeeper(context.spec.feed_path, warn=warn) as feed, Checkpointer(context) as checkpointer:
         while not context.stop.wait(table.report_seconds):
             try:
                 reports = context.swarm.snapshot()
@@ -69,7 +70,7 @@ class Checkpointer:
         self._spec = context.spec.checkpoints
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[tuple[int, str]] | None = None
-        self._not_before = 0.0
+        self._not_before, self._num_failures = 0.0, 0
         self._last_epoch = 0
         self.last_path = ""
 
@@ -98,11 +99,18 @@ class Checkpointer:
         try:
             self._last_epoch, self.last_path = pending.result()
         except CalmRayError as exc:
-            self._not_before = time.monotonic() + RETRY_SECONDS
-            logger.warning("checkpoint not written, trying again: %s", exc)
-        except Exception:
-            self._not_before = time.monotonic() + RETRY_SECONDS
-            logger.exception("checkpoint not written, trying again")
+            self._try_later(str(exc))
+        except Exception as exc:
+            logger.exception("checkpoint not written")
+            self._try_later(f"{type(exc).__name__}: {exc}")
+        else:
+            self._num_failures = 0
+            self._context.warn("checkpoint", "")
+
+    def _try_later(self, problem: str) -> None:
+        self._not_before = time.monotonic() + min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2 ** min(10, self._num_failures))
+        self._num_failures += 1
+        self._context.warn("checkpoint", f"not written, trying again: {problem}")
 
 
 def due_epoch(*, epoch: int, last_epoch: int, every_epochs: int, num_epochs: int) -> int | None:

@@ -9,6 +9,9 @@ from calm_ray.config import PeerTable
 from calm_ray.report import Role
 from calm_ray.tables import Table
 
+NUM_FILES = 16384
+"""Open files. CALM's README: 1024, the usual limit, ends in "too many open files" with some dozens of peers."""
+
 Reach = Literal["auto", "client", "public"]
 
 

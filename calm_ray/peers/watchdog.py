@@ -193,7 +193,7 @@ class Watchdog:
         used = memory_of(child.pid)
         self.status = self.status.model_copy(update={"memory_bytes": used})
         if used > self._memory_limit:
-            self._condemn("memory", f"uses {used / 1e9:.1f} GB of memory, and may use {self._memory_limit / 1e9:.1f}")
+            self._condemn("memory", f"uses more than the {self._memory_limit / 1e9:.2g} GB of memory that it may")
 
     def _condemn(self, cause: Cause, why: str) -> None:
         self._verdict = (cause, why)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
@@ -38,6 +39,8 @@ BEAT_SECONDS = 4.0
 SLOWEST = 1.0
 """Bytes per second, less than anybody is waited for: see `limits.round_limits`."""
 NUM_MEASURED = 20
+SOLO_SECONDS = 300.0
+"""Whoever has lost everybody goes on alone after so long: they may really have gone."""
 SERVE_TIMEOUT_SECONDS = 15.0
 LINGER_SECONDS = 15.0
 SETTLE_SECONDS = 30.0
@@ -60,6 +63,7 @@ class OwnAveraging:
         self._is_reachable = not swarm.is_client_mode
         self._measured: deque[float] = deque(maxlen=NUM_MEASURED)
         self._absent: dict[str, float] = {}
+        self._silent_since: dict[str, float] = {}
         self._epoch = epoch
         self.health = RoundHealth()
         self._last_group: Group | None = None
@@ -115,7 +119,21 @@ class OwnAveraging:
         since = now - self._tracker.live_seconds
         alive = {peer for peer, record in self._tracker.records.items() if record.time > since}
         alive |= {peer for peer, holder in self._roster.holders.items() if holder.is_fresh(now=now)}
-        return bool(alive - self._matchmaker.unreachable - {self._swarm.peer_id})
+        reachable = alive - self._matchmaker.unreachable - {self._swarm.peer_id}
+        self._note_silent(reachable)
+        return bool(reachable)
+
+    @property
+    def is_forsaken(self) -> bool:
+        """Whoever leaves withdraws its records; whoever's are only old has died, or our line to it has."""
+        return bool(self._silent_since)
+
+    def _note_silent(self, reachable: set[str]) -> None:
+        known = self._tracker.records.keys() | self._roster.holders.keys() | self._silent_since.keys()
+        silent = known - reachable - {self._swarm.peer_id}
+        now = time.monotonic()
+        since = {peer: self._silent_since.get(peer, now) for peer in silent}
+        self._silent_since = {peer: at for peer, at in since.items() if now < at + SOLO_SECONDS}
 
     @property
     def patience_seconds(self) -> float:

@@ -30,7 +30,7 @@ from calm_ray.swarm.addresses import parse_address
 from calm_ray.swarm.desk import Desk
 from calm_ray.swarm.node import network_options
 from calm_ray.swarm.probing import AddressFacts, ReachFacts
-from calm_ray.swarm.reception import _CALL_FAILURES, BUSY, _ask_desk, _download, _words
+from calm_ray.swarm.reception import BUSY, CALL_FAILURES, ask_desk, download_part, in_words
 
 START_SECONDS = 20.0
 CONNECT_SECONDS = 8.0
@@ -42,7 +42,7 @@ MAX_RUN_BYTES = 1 << 20
 MAX_WORDS = 150
 
 _OTHER_PEER = re.compile(r"peer id mismatch: expected \w+, but remote key matches (\w+)")
-_DESK_FAILURES = (*_CALL_FAILURES, P2PDaemonError, DecodeError, EOFError, LookupError, ValueError, TypeError)
+_DESK_FAILURES = (*CALL_FAILURES, P2PDaemonError, DecodeError, EOFError, LookupError, ValueError, TypeError)
 
 
 @asynccontextmanager
@@ -121,13 +121,13 @@ async def _ask_for_manifest(p2p: P2P, facts: AddressFacts, invite: Invite) -> Ad
     stub = Desk.get_stub(p2p, PeerID.from_base58(facts.peer_id), namespace=invite.run_id)
     try:
         async with asyncio.timeout(DESK_SECONDS):
-            data = await _download(stub, MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
-            signature = await _download(stub, SIGNATURE, max_bytes=SIGNATURE_BYTES)
+            data = await download_part(stub, MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+            signature = await download_part(stub, SIGNATURE, max_bytes=SIGNATURE_BYTES)
             manifest = check_manifest(data, signature=signature, organiser_key=invite.organiser_key)
             if manifest.run_id != invite.run_id:
                 raise ConfigError(f"run bundle: is for run {manifest.run_id!r}, the invite for {invite.run_id!r}")
             part = manifest.parts[RUN]
-            run = await _download(stub, RUN, max_bytes=min(part.size_bytes, MAX_RUN_BYTES))
+            run = await download_part(stub, RUN, max_bytes=min(part.size_bytes, MAX_RUN_BYTES))
     except VersionMismatch as exc:
         return facts.model_copy(update={"step": "done", "mismatch": str(exc)})
     except ConfigError as exc:
@@ -135,7 +135,7 @@ async def _ask_for_manifest(p2p: P2P, facts: AddressFacts, invite: Invite) -> Ad
     except TimeoutError:
         return facts.model_copy(update={"problem": f"no answer within {DESK_SECONDS:.0f} s"})
     except _DESK_FAILURES as exc:
-        return facts.model_copy(update={"problem": _words(exc).removeprefix("answers, but has ")})
+        return facts.model_copy(update={"problem": in_words(exc).removeprefix("answers, but has ")})
     if hashlib.sha256(run).hexdigest() != part.sha256:
         return facts.model_copy(update={"step": "bundle", "problem": f"run bundle: {RUN} is altered"})
     mismatch = "" if _config_hash(run) == manifest.config_hash else (
@@ -163,7 +163,7 @@ async def ask_for_dial_back(p2p: P2P, desks: Sequence[str], *, run_id: str) -> R
         if attempt:
             await asyncio.sleep(BUSY_PAUSE_SECONDS)
         problems = []
-        for asked in asyncio.as_completed([_ask_desk(p2p, desk, run_id, port) for desk in desks]):
+        for asked in asyncio.as_completed([ask_desk(p2p, desk, run_id, port) for desk in desks]):
             host, problem = await asked
             if not problem:
                 return ReachFacts(is_reachable=True, place=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

@@ -24,6 +24,8 @@ class Doing:
     stage: Stage = Stage.ACCUMULATE
     turns: int = 0
     """Of its loop; every chunk of a download counts as one, for a download may take an hour."""
+    is_forsaken: bool = False
+    """Everybody has fallen silent, and we wait for them."""
     downloaded_bytes: int | None = None
     """Of a state that is being downloaded."""
     state_bytes: int = 0
@@ -54,4 +56,6 @@ class Doing:
             if num_missing:
                 return f"waiting for {num_missing} more peer{'s' if num_missing > 1 else ''} to average with"
             return "finding the others to average with"
+        if self.is_forsaken:
+            return "everybody else has fallen silent: waiting for them before going on alone"
         return {Stage.AVERAGE: "averaging", Stage.CATCH_UP: "others are ahead: catching up"}.get(self.stage, "")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import hivemind
 import psutil
 from google.protobuf.message import DecodeError
+from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import get_dht_time
@@ -25,6 +26,7 @@ from calm_ray.swarm.transport import bound_messages
 
 CALL_TIMEOUT_SECONDS = 15.0
 """A DHT call over the internet takes well under a second per hop; past this the DHT process is stuck or dead."""
+WITHDRAWN, WITHDRAW_SECONDS = b"", 2.0
 STARTUP_TIMEOUT_SECONDS = 60.0
 """hivemind's 15 s is the most reported failure of its users: slow machines need longer."""
 NARROW_READ = {"beam_size": 3, "num_workers": 3}
@@ -82,6 +84,11 @@ class Swarm:
             )
         except P2PDaemonError as exc:
             raise SwarmUnreachable(f"libp2p did not start on {options.listen}: {exc}") from exc
+        except ValidationError as exc:  # DHTNode.create: a bootstrap peer could not call us back
+            raise SwarmUnreachable(
+                f"the swarm cannot call this peer back: a firewall, a wrong [peer] announce, or another process that "
+                f"uses its identity, {options.identity_path} ({exc})"
+            ) from exc
         except RuntimeError as exc:  # DHTNode.create: bootstrap peers answer on TCP but not as members of a DHT
             raise SwarmUnreachable(f"{', '.join(peers)}: answers, but not as a peer of this swarm: {exc}") from exc
         return cls(dht, run_id=run_id, identity_path=options.identity_path)
@@ -115,12 +122,21 @@ class Swarm:
             expiration_time=get_dht_time() + lifetime_seconds,
         )  # fmt: skip
 
+    def withdraw(self, *, lifetime_seconds: float) -> None:
+        """Put nothing in the place of our report, so that nobody counts on us; waits WITHDRAW_SECONDS at most."""
+        with contextlib.suppress(SwarmUnreachable):
+            self._ask(
+                self.dht.store, reports_key(self.run_id), WITHDRAWN, subkey=self._subkey,
+                expiration_time=get_dht_time() + lifetime_seconds, timeout_seconds=WITHDRAW_SECONDS, **NARROW_WRITE,
+            )  # fmt: skip
+
     def snapshot(self) -> list[tuple[str, bytes]]:
         """All reports that the DHT holds now, as (owner's peer id, bytes); what they say is not checked here."""
         reports = []
         for subkey, entry in self.get(reports_key(self.run_id)).items():
-            with contextlib.suppress(ValueError):
-                reports.append((owner_of(subkey), entry.value))
+            if entry.value != WITHDRAWN:
+                with contextlib.suppress(ValueError):
+                    reports.append((owner_of(subkey), entry.value))
         return reports
 
     def call(self, action: Callable[[P2P], Awaitable[T]], *, timeout_seconds: float) -> T:
@@ -148,6 +164,10 @@ class Swarm:
         found = self._ask(self.dht.store, key, value, expiration_time=expiration_time, subkey=subkey, **NARROW_WRITE)
         return bool(found)
 
+    def run_in_dht(self, action: Callable[[hivemind.DHT, Any], Awaitable[Any]]) -> Any:
+        """Run a module's coroutine function in the DHT's own process. SwarmUnreachable if that is stuck or gone."""
+        return self._ask(self.dht.run_coroutine, action)
+
     def lost_process(self) -> str:
         """Which of our processes has ended, or nothing: without its DHT or p2pd a trainer would go on alone.
 
@@ -160,12 +180,14 @@ class Swarm:
             return f"the {name} has ended"
         return ""
 
-    def _ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _ask(
+        self, method: Callable[..., Any], *args: Any, timeout_seconds: float = CALL_TIMEOUT_SECONDS, **kwargs: Any
+    ) -> Any:
         """Wait for a DHT call, but never for ever; a dead or stuck DHT process is SwarmUnreachable."""
         try:
-            return method(*args, return_future=True, **kwargs).result(timeout=CALL_TIMEOUT_SECONDS)
+            return method(*args, return_future=True, **kwargs).result(timeout=timeout_seconds)
         except TimeoutError as exc:
-            raise SwarmUnreachable(f"the DHT did not answer within {CALL_TIMEOUT_SECONDS:.0f} s") from exc
+            raise SwarmUnreachable(f"the DHT did not answer within {timeout_seconds:.0f} s") from exc
         except (OSError, EOFError) as exc:
             raise SwarmUnreachable(f"the DHT process has ended: {exc}") from exc
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import StringValue
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
@@ -34,6 +35,7 @@ from calm_ray.swarm.addresses import live_addresses, parse_address
 from calm_ray.swarm.desk import Desk
 from calm_ray.swarm.hygiene import bind_children_to_parent
 from calm_ray.swarm.node import STARTUP_TIMEOUT_SECONDS, ensure_identity, network_options
+from calm_ray.swarm.transport import bound_messages
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,9 @@ DIAL_BACK_TIMEOUT_SECONDS = 15.0
 BUSY, BUSY_TRIES, BUSY_PAUSE_SECONDS = "busy", 12, 1.0
 """A desk dials one peer at a time. A peer that took "busy" for "not reachable" would be a client for its whole life."""
 
-_CALL_FAILURES = (P2PHandlerError, ControlFailure, TimeoutError, OSError)
-"""How a call to a desk can end without an answer. ControlFailure: no such handler there, or it cannot be dialled."""
+CALL_FAILURES = (P2PHandlerError, ControlFailure, DecodeError, TimeoutError, OSError)
+"""How a call to a desk can end without an answer. ControlFailure: no such handler there, or it cannot be dialled;
+DecodeError: what it answers is no message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ def receive(
     ConfigError (forged bundle), VersionMismatch.
     """
     bind_children_to_parent()
+    bound_messages()
     ensure_identity(identity_path)
     peers = live_addresses(invite.addresses)
     return asyncio.run(_receive(invite, peers, folder, listen, identity_path, should_dial_back, on_progress))
@@ -102,22 +106,28 @@ async def _fetch_bundle(
     p2p: P2P, desks: Sequence[str], invite: Invite, folder: Path, on_progress: Callable[[int, int], None]
 ) -> None:
     problems: list[str] = []
+    forged: ConfigError | None = None
     for desk in desks:
         try:
             stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=invite.run_id)
-            data = await _download(stub, MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
-            signature = await _download(stub, SIGNATURE, max_bytes=SIGNATURE_BYTES)
+            data = await download_part(stub, MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+            signature = await download_part(stub, SIGNATURE, max_bytes=SIGNATURE_BYTES)
             manifest = check_manifest(data, signature=signature, organiser_key=invite.organiser_key)
             if manifest.run_id != invite.run_id:
                 raise ConfigError(f"run bundle: is for run {manifest.run_id!r}, the invite for {invite.run_id!r}")
             await _fetch_parts(stub, manifest, folder, on_progress)
-        except (*_CALL_FAILURES, asyncio.IncompleteReadError) as exc:
-            problems.append(f"{desk}: {_words(exc)}")
+        except (*CALL_FAILURES, asyncio.IncompleteReadError) as exc:
+            problems.append(f"{desk}: {in_words(exc)}")
+            continue
+        except ConfigError as exc:  # the next one may be honest
+            forged = exc
             continue
         (folder / MANIFEST).write_bytes(data)
         (folder / SIGNATURE).write_bytes(signature)
         open_bundle(folder, organiser_key=invite.organiser_key)
         return
+    if forged is not None:
+        raise forged
     raise SwarmUnreachable("no bootstrap peer could give us the run bundle: " + "; ".join(problems))
 
 
@@ -128,7 +138,7 @@ async def _fetch_parts(stub: object, manifest: Manifest, folder: Path, on_progre
         if not is_part_intact(path, part):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(await _download(stub, name, max_bytes=part.size_bytes))
+            partial.write_bytes(await download_part(stub, name, max_bytes=part.size_bytes))
             if not is_part_intact(partial, part):
                 raise OSError(f"part {name} arrived damaged")
             partial.replace(path)
@@ -136,7 +146,7 @@ async def _fetch_parts(stub: object, manifest: Manifest, folder: Path, on_progre
         on_progress(done, total)
 
 
-async def _download(stub: object, name: str, *, max_bytes: int) -> bytes:
+async def download_part(stub: object, name: str, *, max_bytes: int) -> bytes:
     async def requests() -> AsyncIterator[StringValue]:
         yield StringValue(value=name)
         await asyncio.Event().wait()  # until we hang up: see `Desk.rpc_part`
@@ -165,7 +175,7 @@ async def _ask_for_dial_back(
             await asyncio.sleep(BUSY_PAUSE_SECONDS * random.uniform(1.0, 2.0))
         problems = []
         for desk in desks:
-            host, problem = await _ask_desk(p2p, desk, run_id, port)
+            host, problem = await ask_desk(p2p, desk, run_id, port)
             if not problem:
                 address = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
                 return Reception(
@@ -181,7 +191,7 @@ async def _ask_for_dial_back(
     )  # fmt: skip
 
 
-async def _ask_desk(p2p: P2P, desk: str, run_id: str, port: int) -> tuple[str, str]:
+async def ask_desk(p2p: P2P, desk: str, run_id: str, port: int) -> tuple[str, str]:
     """(host that the desk sees us at, why it cannot reach us there); a desk's answer is a stranger's."""
     try:
         stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=run_id)
@@ -190,11 +200,11 @@ async def _ask_desk(p2p: P2P, desk: str, run_id: str, port: int) -> tuple[str, s
         if answer["is_reachable"] is True:
             return str(ipaddress.ip_address(answer["host"])), ""
         return str(answer["host"])[:50], str(answer["reason"])[:100] or "no reason given"
-    except (*_CALL_FAILURES, ValueError, KeyError, TypeError) as exc:
-        return "", _words(exc)
+    except (*CALL_FAILURES, ValueError, KeyError, TypeError) as exc:
+        return "", in_words(exc)
 
 
-def _words(exc: Exception) -> str:
+def in_words(exc: Exception) -> str:
     if "protocols not supported" in str(exc):
         return "answers, but has no desk for this run"
     return str(exc) or type(exc).__name__

@@ -247,6 +247,7 @@ class SwarmOptimizer:
                 if not self.wire.has_company():
                     self._end_epoch_alone(epoch)
                     return
+            self.doing.is_forsaken = False
             try:
                 result = self._average(epoch)
             except Behind as exc:
@@ -300,6 +301,9 @@ class SwarmOptimizer:
 
     def _end_epoch_alone(self, epoch: int) -> None:
         """Nobody else is there: the swarm is we. An auxiliary peer then has nothing to step with."""
+        if self.wire.is_forsaken:  # our line may have failed, not theirs: we would make another model, in vain
+            self.doing.is_forsaken, self._not_before = True, time.monotonic() + BACKOFF_SECONDS
+            return
         taken = self._take()
         if self._intake is None or taken is None:
             self._donor.resume()

@@ -47,6 +47,11 @@ class Wire(Protocol):
         ...
 
     @property
+    def is_forsaken(self) -> bool:
+        """Whether those who were there have fallen silent not long ago, without leaving."""
+        ...
+
+    @property
     def patience_seconds(self) -> float:
         """The longest that two tries of a round, a state round and a late reading can take together."""
         ...
@@ -74,7 +79,7 @@ class StockWire:
     Make it before any thread runs: it forks. Bare peers look for the next group before the epoch ends, so we do.
     """
 
-    is_out_of_step, num_missing = False, None
+    is_out_of_step, is_forsaken, num_missing = False, False, None
     out_of_step: Collection[str] = ()
 
     def __init__(

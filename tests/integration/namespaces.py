@@ -71,6 +71,13 @@ class Internet:
         self.run(host, "tc", "qdisc", "replace", "dev", "eth0", *shaper)
         self.run(self._switch, "tc", "qdisc", "replace", "dev", f"p{number}", *shaper)
 
+    def cut(self, number: int) -> None:
+        """Take the public host `number` off the switch: what it sends is lost, and it is not told."""
+        self._ip(self._switch, "link", "set", f"p{number}", "down")
+
+    def mend(self, number: int) -> None:
+        self._ip(self._switch, "link", "set", f"p{number}", "up")
+
     def host_behind_nat(self, number: int, *, drops_strangers: bool) -> str:
         """A namespace whose only way out is a gateway that masquerades; its name.
 

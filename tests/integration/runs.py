@@ -88,16 +88,18 @@ class TinySwarm:
     handles: dict[str, PeerHandle] = field(default_factory=dict)
     invite: str = ""
 
-    def start(self, name: str, *, wait_for: str | None = None, **spec: Any) -> PeerHandle:
+    def start(
+        self, name: str, *, wait_for: str | None = None, environment: dict[str, str] | None = None, **spec: Any
+    ) -> PeerHandle:
         """Start a peer; wait until its state is `wait_for`."""
         if "bundle" not in spec:
             spec["invite"] = self.invite
         handle = PeerHandle(
             PeerSpec(
                 folder=self.folder / name,
-                peer=self.config.peer,
-                **{"linger_seconds": 3600, "adoption_seconds": ADOPTION_SECONDS, **spec},
-            )
+                **{"peer": self.config.peer, "linger_seconds": 3600, "adoption_seconds": ADOPTION_SECONDS, **spec},
+            ),
+            environment=environment,
         )
         handle.start()
         self.handles[name] = handle

@@ -82,7 +82,8 @@ def ours_late_function(nodes: Nodes) -> dict[str, Any]:
     async def late(p2p: P2P) -> str:
         return str(p2p.peer_id)
 
-    return {"answer": swarm.call(late, timeout_seconds=WAIT_SECONDS) == swarm.peer_id, "is_alive": not swarm.lost_process()}
+    answer = swarm.call(late, timeout_seconds=WAIT_SECONDS)
+    return {"answer": answer == swarm.peer_id, "is_alive": not swarm.lost_process()}
 
 
 def ours_other_model(nodes: Nodes) -> dict[str, Any]:

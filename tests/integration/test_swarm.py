@@ -12,6 +12,7 @@ from transformers import AlbertForPreTraining, AutoTokenizer
 
 from calm_ray.checkpoint.verify import verify_checkpoint
 from calm_ray.peers.spec import CheckpointSpec
+from calm_ray.peers.status import PeerStatus
 from calm_ray.swarm.node import NodeOptions, Swarm
 from calm_ray.swarm.state import download_state
 from tests.integration.runs import TinySwarm, tiny_swarm
@@ -21,6 +22,8 @@ STEADY = {"target_batch_size": 6000, "micro_batch_size": 24}
 """A second or two of computing per epoch, so that forty of them outlast the start of two newcomers."""
 EPOCH_SECONDS = 40.0
 """Far more than the three or four that an epoch takes here: CI's two cores may be busy."""
+GONE_SECONDS = 5.0
+"""Less than a report lives, 10 s."""
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,19 @@ def test_monitor_counts_everyone_and_writes_a_checkpoint_that_loads(finished: Ti
 
 
 @pytest.mark.timeout(400)
+def test_trainer_that_leaves_withdraws_its_report(finished: TinySwarm) -> None:
+    handle = finished.start("goer", role="trainer", reach="public", wait_for="waiting")  # the run is over
+    peer_id = handle.status().peer_id
+
+    def is_listed(status: PeerStatus) -> bool:
+        return status.summary is not None and peer_id in {peer.peer_id for peer in status.summary.peers}
+
+    finished.wait("monitor", is_listed, 30)
+    del finished.handles["goer"]
+    assert handle.stop() == 0
+    finished.wait("monitor", lambda status: not is_listed(status), GONE_SECONDS)
+
+
 def test_every_peer_leaves_within_ten_seconds_and_leaves_nothing(finished: TinySwarm) -> None:
     """Last of those that share the swarm: it ends it."""
     trees = {

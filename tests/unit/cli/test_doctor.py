@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from calm_ray.cli.doctor import render
-from calm_ray.peers import doctor, doctor_look, doctor_machine
-from calm_ray.peers.child import NUM_FILES
+from calm_ray.peers import doctor, doctor_look
 from calm_ray.peers.doctor import Examination, Subject
 from calm_ray.peers.doctor_checks import GB, Check, from_error, overall, printable, size, summary, worst
 from calm_ray.peers.doctor_helper import Findings, Task
@@ -52,10 +51,6 @@ def test_what_is_wanted_is_what_the_project_declares() -> None:
         (wanted,) = (line for line in project["dependencies"] if re.match(rf"{name}\b", line))
         upper = f",<{'.'.join(map(str, too_new))}" if too_new != (99,) else ""
         assert wanted == f"{name}>={'.'.join(map(str, lowest))}{upper}"
-
-
-def test_open_files_that_are_wanted_are_those_that_a_peer_takes() -> None:
-    assert doctor_machine.NUM_FILES == NUM_FILES
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Whether a peer makes progress, from what its child says and when."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from calm_ray.peers.judge import GAP_SECONDS, JOINING_SECONDS, SILENT_SECONDS, Judge, Pulse
@@ -32,7 +30,7 @@ class Watch:
 
 
 @pytest.fixture
-def watch() -> Iterator[Watch]:
+def watch() -> Watch:
     return Watch()
 
 
