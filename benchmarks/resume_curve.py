@@ -3,7 +3,7 @@
     python -m benchmarks.resume_curve docs/cold-start.svg --folder /tmp/cold-start
 
 It does what an organiser would: `python -m launchers.job`, SIGKILL to every process once epoch 20 is written down, then
-the same command with `--resume`. The model and its text are those of runs/demo.toml. Two losses are drawn: the
+the same command again. The model and its text are those of runs/demo.toml. Two losses are drawn: the
 trainers' own, epoch by epoch from the monitors' feeds, and that of the written checkpoints on held-out text.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.resume_plot import Curves, draw
 from calm_ray.checkpoint.manifest import folders
 from calm_ray.observe.feed import FeedReader
 from calm_ray.observe.ingest import PEER_EPOCH
-from launchers.output import BUNDLE, CHECKPOINTS, newest_epoch
+from launchers.output import BUNDLE, CHECKPOINTS, live_peers, newest_epoch
 from tests.shards import ROOT
 
 KILL_AT, NUM_EPOCHS = 20, 40
@@ -68,14 +68,14 @@ def _measure(folder: Path) -> dict[str, Any]:
     while newest_epoch(out) < KILL_AT:
         assert job.poll() is None and time.monotonic() < deadline, f"see {folder}/job.log"
         time.sleep(0.2)
-    _kill_tree(job)
+    _kill_all(job, out)
     resumed_at = newest_epoch(out)
     feed = out / "peers" / "monitor-0" / "feed.sqlite"
     first = _losses(feed)
     for path in feed.parent.glob("feed.sqlite*"):  # epochs that are done again would be taken for those of before
         path.unlink()
 
-    assert _start_job(config, out, "--resume").wait(LIFE_SECONDS) == 0, f"see {folder}/job.log"
+    assert _start_job(config, out).wait(LIFE_SECONDS) == 0, f"see {folder}/job.log"
     return {
         "first": first,
         "second": _losses(feed),
@@ -85,17 +85,18 @@ def _measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def _start_job(config: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+def _start_job(config: Path, out: Path) -> subprocess.Popen[bytes]:
     with (out.parent / "job.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "launchers.job", config, "--out", out, *options],
+            [sys.executable, "-m", "launchers.job", config, "--out", out],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
         )  # fmt: skip
 
 
-def _kill_tree(job: subprocess.Popen[bytes]) -> None:
-    top = psutil.Process(job.pid)
-    tree = [top, *top.children(recursive=True)]
+def _kill_all(job: subprocess.Popen[bytes], out: Path) -> None:
+    """The job and its Ray, and the peers, which are nobody's children."""
+    tops = [psutil.Process(pid) for pid in (job.pid, *(peer.pid for peer in live_peers(out).values()))]
+    tree = [process for top in tops for process in (top, *top.children(recursive=True))]
     for process in tree:
         if process.is_running():
             process.send_signal(signal.SIGKILL)

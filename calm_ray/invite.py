@@ -15,6 +15,8 @@ from calm_ray.errors import ConfigError
 from calm_ray.signing import PUBLIC_KEY_BYTES
 
 PREFIX = "calm1-"
+INVITE_FILE = "invite.txt"
+"""In a run's output folder."""
 MAX_ADDRESSES = 16
 _RUN_ID = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
 _ADDRESS = re.compile(

@@ -1,131 +1,155 @@
-"""The job's own peers: start them in order, ask how they are, send them home."""
+"""The job's own peers, as its driver sees them: by way of their supervisor, which it starts or adopts."""
 
 import contextlib
+import logging
+import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from calm_ray.actors.peer_actor import peer_actor, read_bundle
-from calm_ray.errors import CalmRayError
-from calm_ray.invite import Invite
+from calm_ray.actors.creation import create_supervisor
+from calm_ray.actors.desired import (
+    NAMESPACE,
+    SUPERVISOR,
+    Desired,
+    Slot,
+    SupervisorStatus,
+    actor_name,
+    bundle_digest,
+)
+from calm_ray.actors.ending import end_run
+from calm_ray.actors.supervisor import Supervisor
+from calm_ray.code import code_hash
+from calm_ray.errors import CalmRayError, ConfigError
 from calm_ray.peers.spec import CheckpointSpec, PeerSpec
-from calm_ray.peers.status import PeerStatus
 from calm_ray.report import Role
 from calm_ray.signing import load_or_create_key, public_bytes
+from launchers.begin import differences, in_words
 from launchers.organiser import OrganiserConfig
-from launchers.output import BUNDLE, CHECKPOINTS, KEY, PEERS
+from launchers.output import BUNDLE, CHECKPOINTS, KEY, PEERS, run_of
 
-START_SECONDS = 120.0
-CALL_SECONDS = 30.0
-STOP_SECONDS = 20.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One own peer."""
-
-    name: str
-    role: Role
-    actor: Any
-    folder: Path
+CALL_SECONDS = 10.0
+PATIENCE_SECONDS = 90.0
+"""For a supervisor that Ray is starting again, maybe on another node."""
+LOCAL = "local"
 
 
 class Crew:
-    """Auxiliary peers first, for their addresses make the invite; then the monitor, then trainers."""
+    """One run's supervisor, by its name. All but the constructor need a connection."""
 
-    def __init__(self, config: OrganiserConfig, *, out: Path, resume: Path | None) -> None:
-        """`resume`: a folder of checkpoints from which the first peer brings the swarm back to life."""
-        self._config, self._out, self._resume = config, out, resume
-        self.members: list[Member] = []
-        self.invite: Invite | None = None
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._supervisor: Any = None
+        self.is_gone = False
+        """It was there once."""
 
-    def start_auxiliaries(self) -> Invite:
-        """Start the bootstrap peers; the invite that names all of them."""
-        bundle = read_bundle(self._out / BUNDLE)
-        key = public_bytes(load_or_create_key(self._out / KEY))
-        addresses: list[str] = []
-        for index in range(self._config.organiser.job.num_auxiliary):
-            invite = self.invite.encode() if self.invite else None
-            self._start("auxiliary", index, bundle=None if invite else bundle, invite=invite)
-            status = self._wait_for_address(self.members[-1])
-            addresses += status.addresses[:2]
-            self.invite = Invite(run_id=self._config.run.run_id, addresses=tuple(addresses), organiser_key=key)
-        assert self.invite is not None
-        return self.invite
+    def find(self) -> bool:
+        """Whether it lives on this cluster."""
+        try:
+            self._supervisor = ray.get_actor(actor_name(self._run_id, SUPERVISOR), namespace=NAMESPACE)
+        except ValueError:
+            return False
+        return True
 
-    def start_others(self) -> None:
-        """Start monitors and trainers; they join like everyone else, by invite."""
-        assert self.invite is not None, "start_auxiliaries() first"
-        job, checkpoint = self._config.organiser.job, self._config.organiser.checkpoint
-        for index in range(job.num_monitors):
-            spec = CheckpointSpec(
-                folder=self._out / CHECKPOINTS, every_epochs=checkpoint.every_epochs, keep_last=checkpoint.keep_last
-            )
-            # One writer: the lease that lets several monitors take turns comes with the cluster.
-            self._start("monitor", index, invite=self.invite.encode(), checkpoints=spec if index == 0 else None)
-        for index in range(job.num_trainers):
-            self._start("trainer", index, invite=self.invite.encode(), num_gpus=job.num_gpus_per_trainer)
+    def start(self, config: OrganiserConfig, *, out: Path) -> None:
+        """Create it on this node. What `out` holds must be prepared: key, bundle, a checkpoint."""
+        key = public_bytes(load_or_create_key(out / KEY))
+        desired = Desired(
+            run_id=self._run_id, config_hash=config.run.config_hash(), code_hash=code_hash(),
+            num_epochs=config.run.num_epochs, home=ray.get_runtime_context().get_node_id(), out=out,
+            bundle_digest=bundle_digest(out / BUNDLE), organiser_key=key.hex(),
+            slots=slots_of(config, out=out), asked_at=time.time(),
+        )  # fmt: skip
+        self._supervisor = create_supervisor(Supervisor, desired)
 
-    def _start(
-        self, role: Role, index: int, *, invite: str | None, bundle: dict[str, bytes] | None = None,
-        checkpoints: CheckpointSpec | None = None, num_gpus: float = 0,
-    ) -> None:  # fmt: skip
+    def status(self) -> SupervisorStatus:
+        """What it knows; waits while it is being started again. CalmRayError if it is gone."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                answer = ray.get(self._supervisor.status.remote(), timeout=CALL_SECONDS)
+                return SupervisorStatus.model_validate_json(answer)
+            except ray.exceptions.RayError as exc:
+                if not self.find() or time.monotonic() > deadline:
+                    self.is_gone = True
+                    raise CalmRayError(
+                        "the run's supervisor is gone: somebody has ended it, or its cluster; the same command again "
+                        "goes on"
+                    ) from exc
+            time.sleep(1.0)
+
+    def require_same(self, config: OrganiserConfig, *, out: Path) -> None:
+        """ConfigError with the difference, unless the supervisor that lives does what `config` asks for."""
+        if told := difference(self.status().desired, config, out=out):
+            raise ConfigError(f"run {self._run_id!r} is up, and {told}; change it back, or end it first with --down")
+
+    def end(self) -> None:
+        """It ends, all own peers leave, and their actors; also if it is gone and only they are there."""
+        try:
+            end_run(self._run_id)
+        except ray.exceptions.RayError as exc:
+            raise CalmRayError(f"the run's actors could not be ended: {exc}") from exc
+
+
+def slots_of(config: OrganiserConfig, *, out: Path) -> tuple[Slot, ...]:
+    """The peers that the config asks for: auxiliary peers, monitors, trainers."""
+    job, checkpoint = config.organiser.job, config.organiser.checkpoint
+    writes = CheckpointSpec(
+        folder=out / CHECKPOINTS, every_epochs=checkpoint.every_epochs, keep_last=checkpoint.keep_last
+    )
+
+    def slot(role: Role, index: int) -> Slot:
         name = f"{role}-{index}"
-        folder = self._out / PEERS / name
         spec = PeerSpec(
-            role=role, folder=folder, invite=invite, bundle=self._out / BUNDLE if invite is None else None,
-            peer=self._config.peer.model_copy(update={"name": ""}), reach="public", checkpoints=checkpoints,
-            resume=self._resume if invite is None else None,
+            role=role, folder=out / PEERS / name, bundle=out / BUNDLE, reach="public",
+            peer=config.peer.model_copy(update={"name": ""}),
+            # One writer: the lease that lets several monitors take turns is not there yet.
+            checkpoints=writes if (role, index) == ("monitor", 0) else None,
+            resume=out / CHECKPOINTS if role == "auxiliary" else None,
+            adoption_seconds=job.adoption_seconds,
             linger_seconds=3600,  # the job says when the last checkpoint is written
         )  # fmt: skip
-        actor = (
-            peer_actor()
-            .options(name=f"{self._config.run.run_id}/{name}", num_gpus=num_gpus)
-            .remote(spec.model_dump_json(), bundle=bundle)
-        )
-        self.members.append(Member(name=name, role=role, actor=actor, folder=folder))
-        _get(actor.start.remote(), what=name, seconds=START_SECONDS)
+        return Slot(name=name, spec=spec, num_gpus=job.num_gpus_per_trainer if role == "trainer" else 0)
 
-    def _wait_for_address(self, member: Member) -> PeerStatus:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            status = self.status(member)
-            if status.state == "assisting" and status.addresses:
-                return status
-            if status.exit_code is not None:
-                raise CalmRayError(f"{member.name} did not start: {status.error}; log: {member.folder / 'peer.log'}")
-            time.sleep(0.2)
-        raise CalmRayError(f"{member.name} is not up after {START_SECONDS:.0f} s; log: {member.folder / 'peer.log'}")
-
-    def status(self, member: Member) -> PeerStatus:
-        """What `member` says; CalmRayError if its actor is gone."""
-        answer = _get(member.actor.status.remote(), what=member.name, seconds=CALL_SECONDS)
-        return PeerStatus.model_validate_json(answer)
-
-    def of_role(self, role: Role) -> list[Member]:
-        return [member for member in self.members if member.role == role]
-
-    def stop(self) -> None:
-        """Trainers first, auxiliary peers last, so that goodbyes still find someone."""
-        for role in ("trainer", "monitor", "auxiliary"):
-            members = self.of_role(role)
-            pending = [m.actor.stop.remote() for m in members]
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.wait(pending, num_returns=len(pending), timeout=STOP_SECONDS)
-            for member in members:
-                ray.kill(member.actor)
-        self.members.clear()
+    counts: tuple[tuple[Role, int], ...] = (
+        ("auxiliary", job.num_auxiliary), ("monitor", job.num_monitors), ("trainer", job.num_trainers),
+    )  # fmt: skip
+    return tuple(slot(role, index) for role, count in counts for index in range(count))
 
 
-def _get(ref: Any, *, what: str, seconds: float) -> Any:
+def difference(there: Desired, config: OrganiserConfig, *, out: Path) -> str:
+    """What `config` wants otherwise than the supervisor that lives, or an empty string."""
+    if there.config_hash != config.run.config_hash():
+        before = run_of(there.out)
+        told = in_words(differences(before, config.run)) if before is not None else ""
+        return f"[run] has changed: {told or 'its hash is another'}"
+    if there.code_hash != code_hash():
+        return f"it runs other code: {there.code_hash}, yours is {code_hash()}"
+    if there.out != out:
+        return f"it writes to {there.out}"
+    wanted = {slot.name: slot for slot in slots_of(config, out=out)}
+    runs = {slot.name: slot for slot in there.slots}
+    changed = [name for name in sorted(wanted | runs) if wanted.get(name) != runs.get(name)]
+    return f"[peer] or [organiser] has changed: {changed[0]} is not what it was" if changed else ""
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """A connection to the Ray cluster at `address`, or, for LOCAL, to one of our own that ends with us."""
+    is_local = address == LOCAL
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        return ray.get(ref, timeout=seconds)
-    except ray.exceptions.GetTimeoutError as exc:
-        raise CalmRayError(f"{what}: its Ray actor does not answer within {seconds:.0f} s") from exc
-    except ray.exceptions.RayTaskError as exc:
-        raise CalmRayError(f"{what}: {exc.cause}") from exc
-    except ray.exceptions.RayError as exc:
-        raise CalmRayError(f"{what}: its Ray actor is gone: {exc}") from exc
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
+            include_dashboard=False if is_local else None,
+        )  # fmt: skip
+    except (ConnectionError, ValueError) as exc:
+        raise CalmRayError(f"no Ray cluster answers at RAY_ADDRESS={address}: {exc}") from exc
+    signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,14 +1,17 @@
 """The Ray job: the organiser's composition root.
 
-    python -m launchers.job runs/demo.toml             bring up the run's own peers and watch them until its last epoch
-    python -m launchers.job runs/demo.toml --resume    go on from the newest checkpoint
+    python -m launchers.job runs/demo.toml             bring up the run's own peers and follow them to the last epoch;
+                                                       the same again adopts what lives, or goes on from a checkpoint
+    python -m launchers.job runs/demo.toml --down      end them
     python -m launchers.job config runs/demo.toml      check all three tables and print them
 
-On a laptop it starts a Ray of its own; under `ray job submit` it uses the cluster it was submitted to.
+On a laptop it starts a Ray of its own, which ends with it. With RAY_ADDRESS, as under `ray job submit`, it uses that
+cluster, and the run's supervisor there goes on when this process dies.
 """
 
 import argparse
-import logging
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,13 +19,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from calm_ray.checkpoint.manifest import read_manifest
-from calm_ray.cli.invite import INVITE_FILE, install_line
+from calm_ray.checkpoint.manifest import folders, read_manifest
+from calm_ray.cli.invite import install_line
+from calm_ray.code import code_hash
 from calm_ray.errors import CalmRayError, ConfigError
+from launchers.begin import Found, Start, choose
 from launchers.organiser import OrganiserConfig, load_organiser
-from launchers.output import BUNDLE, CHECKPOINTS, Start, claim_output, newest_epoch
+from launchers.output import BUNDLE, CHECKPOINTS, end_peers, lock_output, newest_epoch, set_aside, survey
+
+if TYPE_CHECKING:
+    from launchers.crew import Crew
+
+BEGIN_FILE = "begin.json"
+"""How good the first checkpoint was; an adopted run is compared with it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("job: interrupted; all peers have left", file=sys.stderr)
+        print("job: interrupted", file=sys.stderr)
         return 130
 
 
@@ -52,23 +63,26 @@ def _print_config(argv: Sequence[str]) -> int:
 
 
 def _run_job(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="launchers.job", description="Bring up a run's own peers and watch them.")
+    parser = argparse.ArgumentParser(
+        prog="launchers.job", description="Bring up a run's own peers and follow them; again: adopt them, or go on."
+    )
     parser.add_argument("config", type=Path, help="a run's TOML file, such as runs/demo.toml")
     parser.add_argument("--out", type=Path, help="output folder (default: out/RUN_ID)")
     begin = parser.add_mutually_exclusive_group()
-    begin.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in the output folder, if there is one"
-    )
+    begin.add_argument("--resume", action="store_true", help="fail if there is nothing to go on from")
     begin.add_argument("--fresh", action="store_true", help="begin anew, and move what is there to OUT.previous")
+    begin.add_argument("--down", action="store_true", help="end the run's own peers, and leave nothing running")
     args = parser.parse_args(argv)
-    start: Start = "resume" if args.resume else "fresh" if args.fresh else "new"
     config = load_organiser(args.config)
     out = (args.out or Path("out") / config.run.run_id).resolve()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
+        signal.signal(number, _as_interrupt)
+    if args.down:
+        return _down(config.run.run_id, out)
+    start: Start = "resume" if args.resume else "fresh" if args.fresh else "go-on"
     _say_hello(config, out)
-    with claim_output(out, start=start) as moved_to:
-        if moved_to is not None:
-            print(f"What was there is now in {_short(moved_to)}; the next --fresh deletes it.", flush=True)
-        return _train_and_judge(config, out, begin=_prepare(args.config, out, start=start))
+    with lock_output(out):
+        return _train_and_judge(config, args.config, out, start=start)
 
 
 def _say_hello(config: OrganiserConfig, out: Path) -> None:
@@ -81,13 +95,85 @@ def _say_hello(config: OrganiserConfig, out: Path) -> None:
     )
 
 
-def _prepare(config_path: Path, out: Path, *, start: Start) -> Path:
+def _down(run_id: str, out: Path) -> int:
+    """End what lives of this run: on its cluster, and on this machine by the control sockets in `out`."""
+    with contextlib.ExitStack() as stack:
+        if address := os.environ.get("RAY_ADDRESS"):
+            from launchers.crew import Crew, connected
+
+            try:
+                with connected(address):
+                    Crew(run_id).end()
+            except CalmRayError as exc:
+                print(f"{exc}\nEnding what is on this machine.", flush=True)
+        else:
+            stack.enter_context(lock_output(out))  # a job that holds it has a Ray of its own, and ends by Ctrl-C
+        left = end_peers(out)
+    print("\n".join(f"Still there: {line}" for line in left) or "Nothing is left.", flush=True)
+    return 1 if left else 0
+
+
+def _train_and_judge(config: OrganiserConfig, config_path: Path, out: Path, *, start: Start) -> int:
+    from launchers.crew import LOCAL, Crew, connected
+    from launchers.verdict import evaluate, print_verdict
+    from launchers.watch import watch
+
+    address = os.environ.get("RAY_ADDRESS")
+    crew = Crew(config.run.run_id)
+    with contextlib.ExitStack() as stack:
+        if address:
+            stack.enter_context(connected(address))
+            if start == "fresh":
+                crew.end()
+        if address and crew.find():
+            crew.require_same(config, out=out)
+            print("The run is up: following it.", flush=True)
+            begin = None
+        else:
+            begin = _begin(config, config_path, out, start=start)
+        before = _first_evaluation(out, begin=begin)
+        if not address:
+            stack.enter_context(connected(LOCAL))
+        is_done = False
+        try:
+            if not crew.find():
+                crew.start(config, out=out)
+            checkpoint = watch(crew, config=config)
+            is_done = True
+        finally:
+            if is_done or not address:
+                _end(crew, out)
+            elif not crew.is_gone:
+                print("The swarm trains on; run the same command to follow it again; --down ends it.", flush=True)
+    print_verdict(before=before, after=evaluate(checkpoint, out / BUNDLE), checkpoint=checkpoint)
+    return 0
+
+
+def _begin(config: OrganiserConfig, config_path: Path, out: Path, *, start: Start) -> Path | None:
+    """Make `out` what the peers start from; the checkpoint to begin with, or None if peers that live are adopted."""
+    if start == "fresh" and (left := end_peers(out)):
+        raise ConfigError(f"{left[0]}: a peer of an earlier job does not leave; end it first")
+    found = survey(out) if start != "fresh" else Found()
+    try:
+        way = choose(found, run=config.run, code_hash=code_hash(), start=start)
+    except ConfigError as exc:
+        raise ConfigError(f"{out}: {exc}") from None
+    if way == "adopt":
+        who = ", ".join(f"{name} (process {status.pid})" for name, status in found.live.items())
+        print(f"Adopting what an earlier job has left running: {who}.", flush=True)
+        return None
+    if way == "new" and (moved_to := set_aside(out)) is not None:
+        print(f"What was there is now in {_short(moved_to)}; the next --fresh deletes it.", flush=True)
+    return _prepare(config_path, out, should_resume=way != "new")
+
+
+def _prepare(config_path: Path, out: Path, *, should_resume: bool) -> Path:
     """The checkpoint to begin with. In a process of its own: the driver stays free of torch."""
     try:
         install = install_line(None)
     except ConfigError:
         install = ""
-    resume = ["--resume"] if start == "resume" else []
+    resume = ["--resume"] if should_resume else []
     done = subprocess.run(
         [sys.executable, "-m", "launchers.prepare", str(config_path), str(out), f"--install={install}", *resume],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
@@ -105,37 +191,31 @@ def _prepare(config_path: Path, out: Path, *, start: Start) -> Path:
     return begin
 
 
-def _train_and_judge(config: OrganiserConfig, out: Path, *, begin: Path) -> int:
-    import ray
+def _first_evaluation(out: Path, *, begin: Path | None) -> dict[str, Any]:
+    """How good the model was when this run's peers started. Written down, for a driver that adopts them."""
+    from launchers.verdict import evaluate
 
-    from launchers.crew import Crew
-    from launchers.verdict import evaluate, print_verdict
-    from launchers.watch import watch
-
+    path = out / BEGIN_FILE
+    if begin is None and path.is_file():
+        written: dict[str, Any] = json.loads(path.read_text())
+        return written
+    if begin is None:
+        begin = folders(out / CHECKPOINTS)[0][1]
     before = evaluate(begin, out / BUNDLE)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
-        signal.signal(number, _as_interrupt)
-    address = os.environ.get("RAY_ADDRESS")
-    ray.init(
-        address=address or "local", namespace="calm-ray", log_to_driver=False, logging_level=logging.ERROR,
-        include_dashboard=None if address else False,
-    )  # fmt: skip
+    path.write_text(json.dumps(before))
+    return before
+
+
+def _end(crew: "Crew", out: Path) -> None:
+    """All own peers leave. It takes ten seconds; being asked again does not make it faster."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        crew = Crew(config, out=out, resume=out / CHECKPOINTS if read_manifest(begin).epoch else None)
-        try:
-            invite = crew.start_auxiliaries().encode()
-            (out / INVITE_FILE).write_text(invite + "\n")
-            print("\nInvite volunteers (anyone who has this line can take part, and can change the model):\n")
-            print(f"  calm-ray join {invite}\n", flush=True)
-            crew.start_others()
-            checkpoint = watch(crew, config=config)
-        finally:
-            crew.stop()
+        crew.end()
     finally:
-        ray.shutdown()
-    after = evaluate(checkpoint, out / BUNDLE)
-    print_verdict(before=before, after=after, checkpoint=checkpoint)
-    return 0
+        if left := end_peers(out):
+            print(f"Still there: {', '.join(left)}", flush=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _as_interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:

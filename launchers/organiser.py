@@ -26,6 +26,10 @@ class JobTable(Table):
     stall_seconds: float = Field(default=600, gt=0)
     """Give up when no epoch completes for this long."""
 
+    adoption_seconds: float = Field(default=3600, ge=0)
+    """Auxiliary peers and monitors whose job and cluster have died stay for this long, so that the same command can
+    adopt them. Trainers leave at once."""
+
 
 class CheckpointTable(Table):
     """`[organiser.checkpoint]`: when the monitor writes down the state."""

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calm_ray.bundle import seal_bundle
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from calm_ray.bundle import open_bundle, seal_bundle
 from calm_ray.checkpoint.read import Checkpoint
 from calm_ray.checkpoint.write import write_checkpoint
 from calm_ray.errors import CalmRayError, CheckpointRejected, ConfigError
-from calm_ray.signing import load_or_create_key
+from calm_ray.signing import load_or_create_key, public_bytes
 from calm_ray.training.model import build_model, parameter_names
 from calm_ray.training.prepare import load_bundle_model_config, write_parts
 from launchers.organiser import OrganiserConfig, load_organiser
@@ -23,15 +25,41 @@ from launchers.output import BUNDLE, CHECKPOINTS, KEY, newest_epoch
 def prepare(config_path: Path, out: Path, *, install: str = "", should_resume: bool = False) -> Path:
     """Write OUT/organiser.key and OUT/bundle; return the checkpoint to start from.
 
-    That is OUT/checkpoints/epoch-00000000, made here; with `should_resume` the newest, if there is one beyond it. The
-    key then stays, and the tokenizer is the checkpoint's: training one is not deterministic.
+    That is OUT/checkpoints/epoch-00000000, made here; with `should_resume` the newest, if there is one beyond it. A
+    bundle of the same run stays as it is, for peers and volunteers have it. Otherwise the tokenizer is the
+    checkpoint's: training one is not deterministic.
     """
     config = load_organiser(config_path)
     saved = _newest_checkpoint(out) if should_resume else None
     if saved is not None and saved.epoch >= config.run.num_epochs:
         raise ConfigError(
-            f"{saved.folder}: epoch {saved.epoch} is the run's last; raise num_epochs in [run] to train for longer"
+            f"{saved.folder}: epoch {saved.epoch} is the run's last: finished; --fresh begins anew, raise num_epochs "
+            "in [run] to train for longer"
         )
+    if should_resume and _is_sealed(out / BUNDLE, config=config, key=load_or_create_key(out / KEY)):
+        bundle = out / BUNDLE
+    else:
+        bundle = _seal(config, config_path=config_path, out=out, saved=saved, install=install)
+    if saved is not None:
+        from calm_ray.peers.resume import require_same_run
+
+        require_same_run(saved, run=config.run, bundle=bundle)
+    if bundle != out / BUNDLE:
+        shutil.rmtree(out / BUNDLE, ignore_errors=True)
+        bundle.rename(out / BUNDLE)
+    return saved.folder if saved is not None else _write_initial(config, out)
+
+
+def _is_sealed(bundle: Path, *, config: OrganiserConfig, key: Ed25519PrivateKey) -> bool:
+    """Whether what lies there is the bundle of this run: whole, of these settings, and signed with this key."""
+    try:
+        manifest, _ = open_bundle(bundle, organiser_key=public_bytes(key))
+    except CalmRayError:
+        return False
+    return manifest.config_hash == config.run.config_hash()
+
+
+def _seal(config: OrganiserConfig, *, config_path: Path, out: Path, saved: Checkpoint | None, install: str) -> Path:
     bundle = out / f"{BUNDLE}.new"
     shutil.rmtree(bundle, ignore_errors=True)
     write_parts(
@@ -39,13 +67,7 @@ def prepare(config_path: Path, out: Path, *, install: str = "", should_resume: b
         tokenizer_dir=saved.folder if saved is not None else None,
     )  # fmt: skip
     seal_bundle(bundle, run=config.run, key=load_or_create_key(out / KEY), install=install)
-    if saved is not None:
-        from calm_ray.peers.resume import require_same_run
-
-        require_same_run(saved, run=config.run, bundle=bundle)
-    shutil.rmtree(out / BUNDLE, ignore_errors=True)
-    bundle.rename(out / BUNDLE)
-    return saved.folder if saved is not None else _write_initial(config, out)
+    return bundle
 
 
 def _newest_checkpoint(out: Path) -> Checkpoint | None:

@@ -1,50 +1,61 @@
-"""One Ray actor holds one peer process, by its lease: when the actor ends, for whatever reason, the peer leaves.
+"""One Ray actor holds one peer process, by its lease. Detached: neither driver nor supervisor take it along.
 
-The actor is a thin shell. hivemind forks, and a Ray worker holds gRPC threads: they never share a process.
+The actor is a thin shell. hivemind forks, and a Ray worker holds gRPC threads: they never share a process. When its
+worker dies, Ray makes the actor of an auxiliary peer or monitor again on its node, and that adopts the peer that still
+runs there; a trainer leaves, and the supervisor alone decides where the next one starts.
 """
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ray
 
-from calm_ray.peers.handle import PeerHandle
-from calm_ray.peers.spec import PeerSpec
+from calm_ray.actors.desired import ActorReport, Orders
+from calm_ray.actors.keeper import Keeper, answers, find_bundle, own_bundle
+from calm_ray.actors.parent import end_with_parent
 
 
 class PeerActor:
-    """Start it with `start`, ask with `status`, end it with `stop`. Everything crosses as JSON."""
+    """Begins by itself, for nobody else is there when Ray makes it again. Everything crosses as JSON."""
 
-    def __init__(self, spec_json: str, *, bundle: Mapping[str, bytes] | None = None) -> None:
-        spec = PeerSpec.model_validate_json(spec_json)
-        if bundle is not None:
-            for name, data in bundle.items():
-                path = spec.folder / "bundle" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-            spec = spec.model_copy(update={"bundle": spec.folder / "bundle"})
+    def __init__(self, orders_json: str) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+        end_with_parent()
+        self._orders = Orders.model_validate_json(orders_json)
+        context = ray.get_runtime_context()
+        self._node_id = context.get_node_id()
         # An actor without a GPU would otherwise see all of the node's: trainers get exactly what Ray assigned.
-        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        self._handle = PeerHandle(spec, environment={} if has_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+        has_gpu = bool(context.get_accelerator_ids().get("GPU"))
+        self._keeper = Keeper(self._orders, environment={} if has_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+        spec = self._orders.spec
+        self._needs_bundle = spec.bundle is not None and find_bundle(self._orders) is None and not answers(spec.folder)
+        if not self._needs_bundle:
+            self._keeper.start()
 
-    def start(self) -> int:
-        """Start the peer; its watchdog's pid."""
-        self._handle.start()
-        return self._handle.pid
+    def take_bundle(self, parts: Mapping[str, bytes]) -> None:
+        """The run's bundle, on a machine that does not have it."""
+        if not self._needs_bundle:
+            return
+        for name, data in parts.items():
+            path = own_bundle(self._orders) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        self._needs_bundle = False
+        self._keeper.start()
 
-    def status(self) -> str:
-        """The peer's last status as JSON."""
-        return self._handle.status().model_dump_json()
+    def look(self) -> str:
+        """An ActorReport."""
+        keeper = self._keeper
+        return ActorReport(
+            peer=keeper.status, node_id=self._node_id, worker_pid=os.getpid(), is_adopted=keeper.is_adopted,
+            num_revivals=keeper.num_revivals, needs_bundle=self._needs_bundle,
+        ).model_dump_json()  # fmt: skip
 
     def stop(self) -> int:
         """Leave and wait; the exit code."""
-        return self._handle.stop()
-
-
-def peer_actor() -> Any:
-    """The Ray actor class of `PeerActor`: no CPU of its own, never restarted by Ray (one owner for each restart)."""
-    return ray.remote(num_cpus=0, max_restarts=0)(PeerActor)
+        return self._keeper.stop()
 
 
 def read_bundle(folder: Path) -> dict[str, bytes]:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from calm_ray import __version__
 from calm_ray.errors import ConfigError
-from calm_ray.invite import decode_invite
-
-INVITE_FILE = "invite.txt"
+from calm_ray.invite import INVITE_FILE, decode_invite
 
 
 def print_invite(folder: Path, *, wheel: str | None) -> int:

@@ -11,7 +11,18 @@ from calm_ray.checkpoint.read import read_checkpoint
 from calm_ray.checkpoint.write import write_checkpoint
 from calm_ray.errors import CheckpointRejected, ConfigError
 from launchers import output
-from launchers.output import BUNDLE, CHECKPOINTS, KEY, PEERS, claim_output, newest_epoch
+from launchers.begin import Found
+from launchers.output import (
+    BUNDLE,
+    CHECKPOINTS,
+    KEY,
+    PEERS,
+    end_peers,
+    lock_output,
+    newest_epoch,
+    set_aside,
+    survey,
+)
 from launchers.prepare import prepare
 from tests.integration.runs import write_config
 
@@ -27,44 +38,44 @@ def out(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folder_with_progress_is_not_taken_without_a_word(out: Path) -> None:
-    told = "epoch 20: go on from there with --resume, or begin anew with --fresh"
-    with pytest.raises(ConfigError, match=told), claim_output(out, start="new"):
+def test_one_job_at_a_time(out: Path) -> None:
+    with lock_output(out), pytest.raises(ConfigError, match="another job is writing there"), lock_output(out):
         pass
-    assert newest_epoch(out) == 20
+    with lock_output(out):
+        pass
 
 
 def test_fresh_start_moves_what_was_there_aside(out: Path) -> None:
-    with claim_output(out, start="fresh") as moved_to:
-        assert list(out.iterdir()) == []
+    moved_to = set_aside(out)
+    assert list(out.iterdir()) == []
     assert moved_to == out.with_name("out.previous")
     assert newest_epoch(moved_to) == 20
 
 
-def test_resumed_run_keeps_its_folder(out: Path) -> None:
-    with claim_output(out, start="resume"):
-        assert newest_epoch(out) == 20
+def test_progress_that_was_set_aside_is_not_replaced_by_nothing(out: Path) -> None:
+    moved_to = set_aside(out)
+    (out / CHECKPOINTS / "epoch-00000000").mkdir(parents=True)
+    assert set_aside(out) is None
+    assert list(out.iterdir()) == []
+    assert moved_to is not None and newest_epoch(moved_to) == 20
 
 
-@pytest.mark.parametrize("start", ["new", "resume"])
-def test_folder_without_progress_needs_no_choice(tmp_path: Path, start: output.Start) -> None:
-    out = tmp_path / "out"
-    for _ in range(2):  # the second time, there is an initial checkpoint
-        with claim_output(out, start=start):
-            (out / CHECKPOINTS / "epoch-00000000").mkdir(parents=True, exist_ok=True)
-
-
-def test_resumed_run_waits_for_peers_that_still_leave(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_a_peer_that_lives_is_not_set_aside(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "LEAVE_SECONDS", 0.3)
     path = out / PEERS / "trainer-0" / "lock"
     path.parent.mkdir(parents=True)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        told = "a peer of an earlier job still runs there"
-        with pytest.raises(ConfigError, match=told), claim_output(out, start="resume"):
-            pass
-    with claim_output(out, start="resume"):
-        pass
+        with pytest.raises(ConfigError, match="a peer of an earlier job still runs there"):
+            set_aside(out)
+        assert [line.split(" ")[0] for line in end_peers(out)] == [str(path.parent)]
+    assert end_peers(out) == []
+    assert survey(out).newest_epoch == 20
+    assert survey(out).live == {}
+
+
+def test_survey_of_no_folder_finds_nothing(tmp_path: Path) -> None:
+    assert survey(tmp_path / "none") == Found()
 
 
 # --- what a run goes on with -----------------------------------------------------------------------------------------
@@ -106,7 +117,7 @@ def test_longer_run_goes_on_with_its_key_its_tokenizer_and_its_new_settings(make
 
 def test_run_that_has_ended_is_told_how_to_go_on(make: Prepare) -> None:
     _pretend_progress(make(), epoch=30)
-    with pytest.raises(ConfigError, match="epoch 30 is the run's last; raise num_epochs"):
+    with pytest.raises(ConfigError, match="epoch 30 is the run's last: finished; --fresh begins anew, raise"):
         make(should_resume=True)
 
 

@@ -1,10 +1,15 @@
 """The time left, as the job's table shows it, and what it says of peers that fail."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from calm_ray.actors.desired import ActorReport, Desired, Incident, Member, SupervisorStatus
 from calm_ray.peers.status import PeerStatus
 from calm_ray.summary import SummaryLimits, SwarmSummary, summarise
-from launchers.watch import incident, with_measured_eta
+from launchers.watch import dead_end, final_checkpoint, news, with_measured_eta
 
 
 @pytest.fixture
@@ -22,21 +27,36 @@ def test_measured_eta_takes_the_median_and_divides_skipped_epochs(summary: Swarm
     assert with_measured_eta(summary, boundaries).seconds_to_end == 30 * 4.0
 
 
-def _status(state: str, *, num_restarts: int = 0, detail: str = "") -> PeerStatus:
-    return PeerStatus(role="trainer", state=state, num_restarts=num_restarts, detail=detail)
+def member(name: str, state: str = "training", **peer: Any) -> Member:
+    role: Any = name.partition("-")[0]
+    status = PeerStatus(role=role, state=state, **peer)
+    return Member(name=name, role=role, is_there=True, report=ActorReport(peer=status))
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "line"),
-    [
-        (None, _status("starting"), None),
-        (_status("training"), _status("training"), None),
-        (_status("training"), _status("restarting", num_restarts=1, detail="killed"), "t: restart 1: killed"),
-        (_status("restarting", num_restarts=1), _status("joining", num_restarts=1), None),
-        (_status("joining", num_restarts=1), _status("training", num_restarts=1), "t: back, training"),
-        (_status("joining"), _status("training"), None),
-        (_status("training", num_restarts=1), _status("training", num_restarts=1), None),
-    ],
-)
-def test_job_tells_of_restarts_once(before: PeerStatus | None, now: PeerStatus, line: str | None) -> None:
-    assert incident("t", before=before, now=now) == line
+def test_incident_is_told_once_with_its_time() -> None:
+    desired = Desired.model_construct()
+    first, second = Incident(at=1.0, text="a"), Incident(at=2.0, text="a")
+    told: set[Incident] = set()
+    for incidents, lines in (((first,), 1), ((first, second), 1), ((second,), 0)):
+        status = SupervisorStatus.model_construct(desired=desired, incidents=incidents)
+        found = list(news(status, told=told))
+        assert len(found) == lines
+        assert all(re.fullmatch(r"\d\d:\d\d:\d\d a", line) for line in found)
+
+
+def test_run_goes_on_while_one_of_each_does(summary: SwarmSummary) -> None:
+    gone = {"state": "parked", "error": "no disk"}
+    members = [member("auxiliary-0"), member("monitor-0", summary=summary), member("trainer-0")]
+    assert dead_end(members) == ""
+    assert dead_end([*members, member("auxiliary-1", **gone), member("trainer-1", **gone)]) == ""
+    assert "monitor-0 has given up: no disk" in dead_end([members[0], member("monitor-0", **gone), members[2]])
+    assert "nobody can join" in dead_end([member("auxiliary-0", **gone), *members[1:]])
+    assert "nobody trains" in dead_end([*members[:2], member("trainer-0", **gone)])
+    assert dead_end(members[:2]) == "", "volunteers may come"
+
+
+def test_last_checkpoint_ends_the_run() -> None:
+    assert final_checkpoint([member("monitor-0")], num_epochs=40) is None
+    assert final_checkpoint([member("monitor-0", last_checkpoint="/c/epoch-00000039")], num_epochs=40) is None
+    found = final_checkpoint([member("monitor-0", last_checkpoint="/c/epoch-00000040")], num_epochs=40)
+    assert found == Path("/c/epoch-00000040")
