@@ -145,6 +145,9 @@ def connected(address: str) -> Iterator[None]:
         ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
             include_dashboard=False if is_local else None,
+            # Peers do not yield to Ray: by default its workers, and what they start, are niced by 15 (Ray 2.60), and a
+            # trainer's computing could hardly be put below its talking any more.
+            _system_config={"worker_niceness": 0} if is_local else None,
         )  # fmt: skip
     except (ConnectionError, ValueError) as exc:
         raise CalmRayError(f"no Ray cluster answers at RAY_ADDRESS={address}: {exc}") from exc

@@ -16,8 +16,9 @@ SETTINGS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_worker_niceness": "0",
 }
-"""A dead node is noticed in seconds, not in half a minute."""
+"""A dead node is noticed in seconds, not in half a minute; peers do not yield to Ray."""
 
 WORKER_IP = "127.0.0.2"
 """Not the head's: a driver takes any raylet that has its own address."""

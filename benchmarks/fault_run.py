@@ -1,0 +1,137 @@
+"""The run that the benchmarks of faults hurt: its config, its bundle, and how fast its trainers are alone."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.chaos_solo import solo_rates
+from benchmarks.fault_bare_rig import BareRig
+from benchmarks.fault_kinds import TRAINERS
+from benchmarks.fault_rig import RUN_ID, OurRig
+from launchers.output import BUNDLE
+from tests.shards import ROOT
+
+MICRO_BATCH_SIZE = 16
+NUM_EPOCHS = 100_000
+"""The benchmark says when it is enough."""
+CONFIG = """
+[run]
+run_id = "{run_id}"
+num_epochs = {num_epochs}
+target_batch_size = {target_batch_size}
+report_seconds = 1.0
+
+[run.model]
+hidden_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+intermediate_size = 512
+embedding_size = 128
+max_position_embeddings = 128
+
+[run.tokenizer]
+source = "train"
+vocab_size = 2000
+
+[run.data]
+sequence_length = 64
+shuffle_buffer = 2000
+held_out_fraction = 0.2
+sources = [{{ kind = "builtin" }}]
+
+[run.optimizer]
+name = "adamw"
+learning_rate = 1e-3
+decay_epochs = 1000
+
+[run.averaging]
+network = "lan"
+compression = "fp16"
+
+[peer]
+device = "cpu"
+num_threads = 1
+micro_batch_size = {micro_batch_size}
+listen = "/ip4/127.0.0.1/tcp/0"
+
+[organiser.job]
+num_trainers = 3
+num_auxiliary = 2
+num_monitors = 1
+adoption_seconds = 120
+
+[organiser.checkpoint]
+every_epochs = 1000
+keep_last = 2
+"""
+"""The model of runs/demo.toml."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What both swarms train."""
+
+    folder: Path
+    config: Path
+    target_batch_size: int
+    solo_rate: float
+    """Samples per second of one trainer, mean of three that compute at once."""
+
+    @property
+    def swarm_rate(self) -> float:
+        return self.solo_rate * len(TRAINERS)
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "solo" / BUNDLE
+
+    def measure_again(self, *, seconds: float) -> "Prepared":
+        """With the mean of the solo rates before and now: rented cores change their speed."""
+        after = _solo(self.bundle, seconds=seconds)
+        return Prepared(
+            folder=self.folder, config=self.config, target_batch_size=self.target_batch_size,
+            solo_rate=(self.solo_rate + after) / 2,
+        )  # fmt: skip
+
+    def ours(self) -> OurRig:
+        return OurRig(self.config, folder=self._new_folder("ours"))
+
+    def stock(self) -> BareRig:
+        return BareRig(
+            self.bundle, folder=self._new_folder("stock"), target_batch_size=self.target_batch_size,
+            micro_batch_size=MICRO_BATCH_SIZE,
+        )  # fmt: skip
+
+    def _new_folder(self, kind: str) -> Path:
+        number = len(list(self.folder.glob(f"{kind}*")))
+        folder = self.folder / (f"{kind}-{number}" if number else kind)
+        folder.mkdir()
+        return folder
+
+
+def prepare(folder: Path, *, epoch_seconds: float, solo_seconds: float) -> Prepared:
+    """Measure the trainers alone, and choose the target batch that takes them `epoch_seconds` undisturbed."""
+    config = folder / "run.toml"
+    _write(config, target_batch_size=1000)
+    bundle = folder / "solo" / BUNDLE
+    subprocess.run(
+        [sys.executable, "-m", "launchers.prepare", config, bundle.parent], check=True, cwd=ROOT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    rate = _solo(bundle, seconds=solo_seconds)
+    target = int(rate * len(TRAINERS) * epoch_seconds) // MICRO_BATCH_SIZE * MICRO_BATCH_SIZE
+    _write(config, target_batch_size=target)
+    return Prepared(folder=folder, config=config, target_batch_size=target, solo_rate=rate)
+
+
+def _solo(bundle: Path, *, seconds: float) -> float:
+    rates = solo_rates(bundle, num_trainers=len(TRAINERS), seconds=seconds, micro_batch_size=MICRO_BATCH_SIZE)
+    return sum(rates) / len(rates)
+
+
+def _write(path: Path, *, target_batch_size: int) -> None:
+    text = CONFIG.format(
+        run_id=RUN_ID, num_epochs=NUM_EPOCHS, target_batch_size=target_batch_size, micro_batch_size=MICRO_BATCH_SIZE
+    )  # fmt: skip
+    path.write_text(text)
