@@ -45,6 +45,7 @@ class Result:
     num_faults: int
     num_missed: int
     busy_elsewhere: float
+    longest_orphan_seconds: float
     problems: list[str]
 
 
@@ -55,6 +56,7 @@ def run_ours(prepared: Prepared, faults: tuple[Fault, ...], *, num_epochs: int, 
         log = drive(rig, faults, num_epochs=num_epochs, limit_seconds=limit_seconds)
         measured = _measure(rig, log, prepared)
         problems = [f"{fault.kind.name}: {fault.target} was not there to be hurt" for fault in log.missed]
+        problems += [f"without its owner for more than ten seconds: {line}" for line in log.orphans]
         if len(rig.watch.rounds()) <= num_epochs:
             problems.append(f"{len(rig.watch.rounds())} true rounds, wanted more than {num_epochs}")
         if why := in_step(rig, tolerance=NORM_TOLERANCE):
@@ -68,7 +70,7 @@ def run_ours(prepared: Prepared, faults: tuple[Fault, ...], *, num_epochs: int, 
         problems += [f"left: {line}" for line in rig.end()]
     return Result(
         kind="ours", goodput=measured, num_faults=len(log.done), num_missed=len(log.missed), problems=problems,
-        busy_elsewhere=log.busy_elsewhere,
+        busy_elsewhere=log.busy_elsewhere, longest_orphan_seconds=log.longest_orphan_seconds,
     )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def run_stock(prepared: Prepared, faults: tuple[Fault, ...], *, num_epochs: int,
         problems = ([why] if why else []) + [f"left: {line}" for line in rig.end()]
     return Result(
         kind="stock", goodput=measured, num_faults=len(log.done), num_missed=len(log.missed), problems=problems,
-        busy_elsewhere=log.busy_elsewhere,
+        busy_elsewhere=log.busy_elsewhere, longest_orphan_seconds=log.longest_orphan_seconds,
     )  # fmt: skip
 
 
@@ -120,7 +122,8 @@ def table(results: list[Result]) -> str:
         f"{r.kind}: {r.num_faults} faults done, {r.num_missed} without a target; "
         + (f"{r.goodput.num_rounds} true rounds in {r.goodput.seconds:.0f} s, held down {r.goodput.held_seconds:.0f} s"
            if r.goodput is not None else "no two true rounds")
-        + (f"; {100 * r.busy_elsewhere:.0f} % of all cores' time went into something else than computing gradients"
+        + (f"; {100 * r.busy_elsewhere:.0f} % of all cores' time went into something else than computing gradients; "
+           f"no process was seen without its owner for longer than {r.longest_orphan_seconds:.0f} s"
            if r.kind == "ours" else "")
         for r in results
     ]  # fmt: skip
@@ -134,13 +137,13 @@ def main() -> int:
     parser.add_argument("--only-stock", action="store_true", help="that alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--faults", type=int)
+    parser.add_argument("--faults", type=int, help="0: an undisturbed run, to compare with")
     parser.add_argument("--epoch-seconds", type=float, help="of an epoch that nothing disturbs")
     parser.add_argument("--folder", type=Path, help="keep logs and feed there (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write all results there")
     args = parser.parse_args()
     num_epochs = args.epochs or (NUM_QUICK_EPOCHS if args.quick else NUM_EPOCHS)
-    number = args.faults or (NUM_QUICK_FAULTS if args.quick else NUM_FAULTS)
+    number = args.faults if args.faults is not None else NUM_QUICK_FAULTS if args.quick else NUM_FAULTS
     epoch_seconds = args.epoch_seconds or (QUICK_EPOCH_SECONDS if args.quick else EPOCH_SECONDS)
     solo_seconds = SOLO_QUICK_SECONDS if args.quick else SOLO_SECONDS
     kinds = [kind for kind in KINDS if not args.quick or kind.name in QUICK]

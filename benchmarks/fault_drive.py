@@ -11,8 +11,10 @@ from benchmarks.fault_account import Hold
 from benchmarks.fault_bare_rig import BareRig
 from benchmarks.fault_inject import Injector
 from benchmarks.fault_kinds import NODE, TRAINERS, Fault, bare_target
+from benchmarks.fault_orphans import Orphans
 from benchmarks.fault_rig import OurRig
 from benchmarks.fault_watch import words_of
+from launchers.output import PEERS
 
 TICK_SECONDS = 0.2
 TRY_SECONDS = 90.0
@@ -31,6 +33,9 @@ class Log:
     missed: list[Fault] = field(default_factory=list)
     """Their target was not there within TRY_SECONDS, or, in a bare swarm, does not exist."""
     holds: list[Hold] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    """Processes that outlived their owner by more than ten seconds."""
+    longest_orphan_seconds: float = 0.0
     busy_elsewhere: float = 0.0
     """Share of all cores' time, since the first true round, that went into anything but computing gradients."""
 
@@ -44,6 +49,7 @@ def drive(rig: OurRig | BareRig, faults: Sequence[Fault], *, num_epochs: int, li
     injector, log, watch = Injector(rig), Log(), rig.watch
     is_bare = isinstance(rig, BareRig)
     pending, mends = list(faults), list[tuple[float, Fault]]()
+    orphans = Orphans(rig.out / PEERS) if isinstance(rig, OurRig) else None
     deadline = time.monotonic() + limit_seconds
     told_at = time.monotonic()
     began = (0.0, 0.0)
@@ -52,6 +58,8 @@ def drive(rig: OurRig | BareRig, faults: Sequence[Fault], *, num_epochs: int, li
             now, rounds = time.monotonic(), watch.rounds()
             if not log.started_at and rounds:
                 log.started_at, began = rounds[0].at, (time.monotonic(), _seconds_elsewhere())
+            if orphans is not None and isinstance(rig, OurRig):
+                orphans.look(rig.watchdogs())
             for due in [m for m in mends if now >= m[0]]:
                 mends.remove(due)
                 injector.mend(due[1])
@@ -68,6 +76,8 @@ def drive(rig: OurRig | BareRig, faults: Sequence[Fault], *, num_epochs: int, li
             time.sleep(TICK_SECONDS)
     finally:
         injector.mend_all()
+        if orphans is not None:
+            log.orphans, log.longest_orphan_seconds = list(orphans.overdue.values()), orphans.longest
         if log.started_at:
             cores = os.cpu_count() or 1
             log.busy_elsewhere = (_seconds_elsewhere() - began[1]) / (cores * (time.monotonic() - began[0]))

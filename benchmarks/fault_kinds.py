@@ -81,16 +81,17 @@ def schedule(kinds: Sequence[Kind], *, number: int, seed: int, duration: float) 
 
     Each kind comes `number // len(kinds)` times at least, each of its targets as often as the others, so that no peer
     has more failures than its budget of restarts allows. One fault falls into each `duration / number` seconds,
-    anywhere in them: two may follow at once, as on a bad day, but a whole run has no quiet half.
+    anywhere in them: two may follow at once, as on a bad day, but a whole run has no quiet half. None at all may be
+    asked for: an undisturbed run, to compare with.
     """
-    if number < len(kinds):
+    if 0 < number < len(kinds):
         raise ValueError(f"{number} faults cannot show {len(kinds)} kinds")
     rng = random.Random(f"calm-ray chaos {seed}")
     drawn: list[Kind] = [kind for kind in kinds for _ in range(number // len(kinds))]
     drawn += rng.sample(list(kinds), number - len(drawn))
     targets = {kind.name: _in_turn(kind.targets, rng) for kind in kinds}
     rng.shuffle(drawn)
-    step, found = duration / number, []
+    step, found = duration / max(1, number), []
     for index, kind in enumerate(drawn):
         queue = targets[kind.name]
         target = queue.pop(0)

@@ -122,6 +122,14 @@ class OurRig:
                 return tree_of(top, next((p for p in children if "calm_ray.peers.child" in p.cmdline()), None))
         return None
 
+    def watchdogs(self) -> list[int]:
+        """Their process ids, as they wrote them; some may be dead."""
+        found = []
+        for name in EVERYONE:
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int((self.out / PEERS / name / "lock").read_text()))
+        return found
+
     def worker_pid(self, name: str) -> int | None:
         member = self._member(name)
         return member.report.worker_pid if member is not None and member.is_there and member.report else None
@@ -129,6 +137,14 @@ class OurRig:
     def supervisor_pid(self) -> int | None:
         status = self._status()
         return status.worker_pid if status is not None else None
+
+    def daemons(self) -> list[psutil.Process]:
+        """Ray's own, and idle workers; not those that hold an actor of ours."""
+        with contextlib.suppress(psutil.Error):
+            assert self._cluster is not None
+            found = psutil.Process(self._cluster.pid).children(recursive=True)
+            return [p for p in found if p.name() not in ("ray::PeerActor", "ray::Supervisor")]
+        return []
 
     def kill_node(self) -> bool:
         facts = self._facts()

@@ -1,9 +1,10 @@
 """Does anything grow for ever? `python -m benchmarks.soak [--minutes 45]`
 
 The swarm of `benchmarks.chaos`, undisturbed. Every ten seconds each process of each peer, the supervisor's and the
-actors' Ray workers are sampled: memory (PSS: what is shared by forking counts once), open files, threads; and each
-peer's log and the monitor's feed. Slopes per hour are those of the second half, see `soak_fit`. A feed grows with its
-epochs and a log with its lines, each up to a bound: they are compared with what they may grow.
+actors' Ray workers and Ray's own processes are sampled: memory (PSS: what is shared by forking counts once), open
+files, threads; and each peer's log and the monitor's feed. Slopes per hour are those of the second half, see
+`soak_fit`. A feed grows with its epochs and a log with its lines, each up to a bound: they are compared with what they
+may grow. CPU is what each used on average, in per cent of a core.
 """
 
 import argparse
@@ -47,6 +48,8 @@ QUANTITIES = {
     "feed": Quantity(unit="MB", tolerated_share=0.0, tolerated=4.0),
     "log": Quantity(unit="MB", tolerated_share=0.0, tolerated=8.0),
 }
+CPU = "CPU"
+"""Seconds since the process began: not judged, for it is a sum."""
 Series = dict[tuple[str, str, str], list[tuple[float, float]]]
 """(peer, process, quantity) -> (seconds, value)."""
 
@@ -69,6 +72,8 @@ def sample(rig: OurRig) -> Iterator[tuple[str, str, str, float]]:
     if (pid := rig.supervisor_pid()) is not None:
         with contextlib.suppress(psutil.Error):
             yield from _process("supervisor", "Ray worker", psutil.Process(pid))
+    for process in rig.daemons():
+        yield from _process("Ray", None, process)
 
 
 def _process(name: str, label: str | None, process: psutil.Process) -> Iterator[tuple[str, str, str, float]]:
@@ -77,6 +82,8 @@ def _process(name: str, label: str | None, process: psutil.Process) -> Iterator[
         yield name, label, "PSS", process.memory_full_info().pss / MEGABYTE
         yield name, label, "files", float(process.num_fds())
         yield name, label, "threads", float(process.num_threads())
+        used = process.cpu_times()
+        yield name, label, CPU, used.user + used.system
 
 
 def _size(folder: Path, pattern: str) -> float:
@@ -107,22 +114,34 @@ def collect(rig: OurRig, *, seconds: float) -> Series:
 def judged(series: Series) -> dict[tuple[str, str, str], Fit]:
     found = {}
     for place, points in series.items():
+        if place[2] == CPU:
+            continue
         quantity = QUANTITIES[place[2]]
         with contextlib.suppress(ValueError):  # a process that was there for some seconds only
             found[place] = fit(points, tolerated_share=quantity.tolerated_share, tolerated=quantity.tolerated)
     return found
 
 
-def table(fits: dict[tuple[str, str, str], Fit]) -> str:
+def cpu_shares(series: Series) -> dict[tuple[str, str], float]:
+    """(peer, process) -> cores that it used, from the first sample of all to the last."""
+    return {
+        (peer, process): (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
+        for (peer, process, quantity), points in series.items()
+        if quantity == CPU and len(points) > 1
+    }
+
+
+def table(fits: dict[tuple[str, str, str], Fit], shares: dict[tuple[str, str], float]) -> str:
     """Markdown: a row per process, a column per quantity: what it is at the end, and its slope per hour."""
     names = list(QUANTITIES)
     head = " | ".join(f"{name}{', ' + QUANTITIES[name].unit if QUANTITIES[name].unit else ''}" for name in names)
-    lines = [f"| peer | process | {head} | levels off |", "|---|---|" + "---|" * (len(names) + 1)]
+    lines = [f"| peer | process | {head} | CPU, % | levels off |", "|---|---|" + "---|" * (len(names) + 2)]
     for peer, process in dict.fromkeys((peer, process) for peer, process, _ in fits):
         own = {name: fits.get((peer, process, name)) for name in names}
         cells = [f"{f.last:.1f} ({f.per_hour:+.1f}/h)" if f is not None else "" for f in own.values()]
         verdict = "yes" if all(f.does_level_off for f in own.values() if f is not None) else "**NO**"
-        lines.append(f"| {peer} | {process} | {' | '.join(cells)} | {verdict} |")
+        share = f"{100 * shares[peer, process]:.1f}" if (peer, process) in shares else ""
+        lines.append(f"| {peer} | {process} | {' | '.join(cells)} | {share} | {verdict} |")
     return "\n".join(lines)
 
 
@@ -142,7 +161,7 @@ def main() -> int:
             num_epochs, left = rig.watch.epoch(), rig.end()
     fits = judged(series)
     print(f"{args.minutes:g} minutes, {num_epochs} epochs; in brackets the slope of the second half\n")
-    print(table(fits), flush=True)
+    print(table(fits, cpu_shares(series)), flush=True)
     growing = [" ".join(place) for place, f in fits.items() if not f.does_level_off]
     print(f"- {'NO  these grow: ' + ', '.join(growing) if growing else 'yes everything levels off'}")
     print(f"- {'NO  left: ' + ', '.join(left) if left else 'yes nothing is left'}", flush=True)
