@@ -99,6 +99,7 @@ def test_job_that_is_told_to_end_takes_its_peers_with_it(tmp_path: Path, childre
     assert "Traceback" not in job.output()
 
 
+@pytest.mark.slow(shard=2)
 @pytest.mark.timeout(400)
 def test_job_that_was_killed_is_adopted_by_the_same_command(tmp_path: Path, children: Children) -> None:
     config = write_config(tmp_path / "run.toml", run_id="adopted", target_batch_size=4000, more=ORGANISER)
