@@ -22,7 +22,7 @@ from benchmarks.fault_bare_rig import BareRig
 from benchmarks.fault_drive import Log, drive, in_step, say
 from benchmarks.fault_kinds import KINDS, TRAINERS, Fault, schedule
 from benchmarks.fault_rig import OurRig
-from benchmarks.fault_run import Prepared, prepare
+from benchmarks.fault_run import DUTY_CYCLE, Prepared, prepare
 
 NUM_FAULTS, NUM_EPOCHS, EPOCH_SECONDS = 60, 100, 24.0
 NUM_QUICK_FAULTS, NUM_QUICK_EPOCHS, QUICK_EPOCH_SECONDS = 6, 6, 15.0
@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--faults", type=int, help="0: an undisturbed run, to compare with")
     parser.add_argument("--epoch-seconds", type=float, help="of an epoch that nothing disturbs")
+    parser.add_argument("--duty-cycle", type=float, default=DUTY_CYCLE, help="of each trainer, see docs/faults.md")
     parser.add_argument("--folder", type=Path, help="keep logs and feed there (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write all results there")
     args = parser.parse_args()
@@ -153,7 +154,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        prepared = prepare(folder.resolve(), epoch_seconds=epoch_seconds, solo_seconds=solo_seconds)
+        prepared = prepare(
+            folder.resolve(), epoch_seconds=epoch_seconds, solo_seconds=solo_seconds, duty_cycle=args.duty_cycle
+        )
         say(f"solo: {prepared.swarm_rate:.1f} samples/s of three; target_batch_size={prepared.target_batch_size}")
         results = []
         for kind, run in (("ours", run_ours), ("stock", run_stock)):
@@ -175,9 +178,10 @@ def main() -> int:
     has_ended_well = not any(r.problems for r in ours)
     if has_ended_well and ours:
         print("- yes all trainers alive and in step, the feed has every epoch once, nothing is left")
-    reached = all(r.goodput is not None and r.goodput.share >= EXPECTED for r in ours)
-    print(f"- {'yes' if reached else 'NO '} goodput of at least {EXPECTED}", flush=True)
-    return 0 if has_ended_well and (reached or args.quick) else 1
+    reached = bool(ours) and all(r.goodput is not None and r.goodput.share >= EXPECTED for r in ours)
+    if ours:
+        print(f"- {'yes' if reached else 'NO '} goodput of at least {EXPECTED}", flush=True)
+    return 0 if has_ended_well and (reached or args.quick or not ours) else 1
 
 
 if __name__ == "__main__":

@@ -19,14 +19,24 @@ COMPUTE_NICENESS = 10
 """As `calm_ray.peers.trainer` sets it."""
 
 
-def solo_rates(bundle: Path, *, num_trainers: int, seconds: float, micro_batch_size: int) -> list[float]:
+def solo_rates(
+    bundle: Path, *, num_trainers: int, seconds: float, micro_batch_size: int, duty_cycle: float
+) -> list[float]:
     """Samples per second of each, all of them computing at once."""
     started = []
     for seed in range(num_trainers):
-        argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.chaos_solo", str(bundle), str(micro_batch_size)]
+        argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.chaos_solo", str(bundle)]
         options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        started.append(subprocess.Popen([*argv, str(seed)], cwd=ROOT, text=True, env=environment, **options))
+        started.append(
+            subprocess.Popen(
+                [*argv, *map(str, (micro_batch_size, duty_cycle, seed))],
+                cwd=ROOT,
+                text=True,
+                env=environment,
+                **options,
+            )
+        )
     try:
         for process in started:
             assert process.stdout is not None
@@ -46,13 +56,14 @@ def solo_rates(bundle: Path, *, num_trainers: int, seconds: float, micro_batch_s
             process.communicate()
 
 
-def main(bundle: Path, *, micro_batch_size: int, seed: int) -> None:
+def main(bundle: Path, *, micro_batch_size: int, duty_cycle: float, seed: int) -> None:
     import torch
 
     from calm_ray.bundle import open_bundle
     from calm_ray.peers.learner import make_learner
     from calm_ray.training.compute import choose_compute, describe_device
     from calm_ray.training.loop import GradientSource
+    from calm_ray.training.pace import Pace
     from calm_ray.training.prepare import load_bundle_tokenizer
     from calm_ray.training.stream import TrainingBatches
 
@@ -69,11 +80,13 @@ def main(bundle: Path, *, micro_batch_size: int, seed: int) -> None:
     ) as batches:  # fmt: skip
         source = GradientSource(model, batches=batches, compute=compute)
         source.step(epoch=0)
+        pace = Pace(duty_cycle)
         print("ready", flush=True)
         seconds = float(sys.stdin.readline())
         started, number = time.monotonic(), 0
-        while time.monotonic() < started + seconds:
+        while (now := time.monotonic()) < started + seconds:
             number += source.step(epoch=0).num_samples
+            time.sleep(pace.rest_after(time.monotonic() - now))
             for parameter in model.parameters():
                 parameter.grad = None
         print(json.dumps(number / (time.monotonic() - started)), flush=True)
@@ -81,4 +94,4 @@ def main(bundle: Path, *, micro_batch_size: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), micro_batch_size=int(sys.argv[2]), seed=int(sys.argv[3]))
+    main(Path(sys.argv[1]), micro_batch_size=int(sys.argv[2]), duty_cycle=float(sys.argv[3]), seed=int(sys.argv[4]))

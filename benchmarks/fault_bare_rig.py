@@ -33,9 +33,13 @@ class BareRig:
 
     names = TRAINERS
 
-    def __init__(self, bundle: Path, *, folder: Path, target_batch_size: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, bundle: Path, *, folder: Path, target_batch_size: int, micro_batch_size: int, duty_cycle: float
+    ) -> None:
         self._folder, self._bundle = folder, bundle
-        self._target_batch_size, self._micro_batch_size = target_batch_size, micro_batch_size
+        self._training = {
+            "target_batch_size": target_batch_size, "micro_batch_size": micro_batch_size, "duty_cycle": duty_cycle
+        }  # fmt: skip
         self.watch = Watch(self._look, is_true=lambda num_members: num_members >= MIN_WITNESSES)
         self._readers: dict[str, JournalReader] = {}
         self._loops: dict[str, subprocess.Popen[bytes]] = {}
@@ -60,8 +64,7 @@ class BareRig:
         folder.mkdir(parents=True)
         spec = {
             "name": name, "folder": str(folder), "bundle": str(self._bundle), "initial_peers": peers, "listen": listen,
-            "identity": str(folder / "identity.key") if not index else "", "seed": index,
-            "target_batch_size": self._target_batch_size, "micro_batch_size": self._micro_batch_size,
+            "identity": str(folder / "identity.key") if not index else "", "seed": index, **self._training,
         }  # fmt: skip
         (folder / "spec.json").write_text(json.dumps(spec))
         argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.fault_bare", str(folder / "spec.json")]

@@ -71,7 +71,7 @@ class OurRig:
         self.watch.stop()
         problems = []
         if self._job is not None:
-            self._job.send_signal(signal.SIGINT)
+            self._job.send_signal(signal.SIGTERM)  # SIGINT is ignored where we run in the background of a script
             self._job.wait(60)
             code = self.job("--down").wait(END_SECONDS)
             problems += [f"--down ended with {code}, see {self.folder}/job.log"] if code else []

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.chaos_solo import solo_rates
@@ -13,6 +13,9 @@ from launchers.output import BUNDLE
 from tests.shards import ROOT
 
 MICRO_BATCH_SIZE = 16
+DUTY_CYCLE = 0.4
+"""Of each trainer. In a real swarm each has a machine of its own; three that compute all the time take all of two cores,
+and whatever else a peer does is taken from the others' computing: see docs/faults.md."""
 NUM_EPOCHS = 100_000
 """The benchmark says when it is enough."""
 CONFIG = """
@@ -20,7 +23,7 @@ CONFIG = """
 run_id = "{run_id}"
 num_epochs = {num_epochs}
 target_batch_size = {target_batch_size}
-report_seconds = 1.0
+report_seconds = 5.0
 
 [run.model]
 hidden_size = 128
@@ -53,6 +56,7 @@ compression = "fp16"
 device = "cpu"
 num_threads = 1
 micro_batch_size = {micro_batch_size}
+duty_cycle = {duty_cycle}
 listen = "/ip4/127.0.0.1/tcp/0"
 
 [organiser.job]
@@ -75,6 +79,7 @@ class Prepared:
     folder: Path
     config: Path
     target_batch_size: int
+    duty_cycle: float
     solo_rate: float
     """Samples per second of one trainer, mean of three that compute at once."""
 
@@ -88,11 +93,8 @@ class Prepared:
 
     def measure_again(self, *, seconds: float) -> "Prepared":
         """With the mean of the solo rates before and now: rented cores change their speed."""
-        after = _solo(self.bundle, seconds=seconds)
-        return Prepared(
-            folder=self.folder, config=self.config, target_batch_size=self.target_batch_size,
-            solo_rate=(self.solo_rate + after) / 2,
-        )  # fmt: skip
+        after = _solo(self.bundle, seconds=seconds, duty_cycle=self.duty_cycle)
+        return replace(self, solo_rate=(self.solo_rate + after) / 2)
 
     def ours(self) -> OurRig:
         return OurRig(self.config, folder=self._new_folder("ours"))
@@ -100,7 +102,7 @@ class Prepared:
     def stock(self) -> BareRig:
         return BareRig(
             self.bundle, folder=self._new_folder("stock"), target_batch_size=self.target_batch_size,
-            micro_batch_size=MICRO_BATCH_SIZE,
+            micro_batch_size=MICRO_BATCH_SIZE, duty_cycle=self.duty_cycle,
         )  # fmt: skip
 
     def _new_folder(self, kind: str) -> Path:
@@ -110,28 +112,31 @@ class Prepared:
         return folder
 
 
-def prepare(folder: Path, *, epoch_seconds: float, solo_seconds: float) -> Prepared:
+def prepare(folder: Path, *, epoch_seconds: float, solo_seconds: float, duty_cycle: float = DUTY_CYCLE) -> Prepared:
     """Measure the trainers alone, and choose the target batch that takes them `epoch_seconds` undisturbed."""
     config = folder / "run.toml"
-    _write(config, target_batch_size=1000)
+    _write(config, target_batch_size=1000, duty_cycle=duty_cycle)
     bundle = folder / "solo" / BUNDLE
     subprocess.run(
         [sys.executable, "-m", "launchers.prepare", config, bundle.parent], check=True, cwd=ROOT,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    rate = _solo(bundle, seconds=solo_seconds)
+    rate = _solo(bundle, seconds=solo_seconds, duty_cycle=duty_cycle)
     target = int(rate * len(TRAINERS) * epoch_seconds) // MICRO_BATCH_SIZE * MICRO_BATCH_SIZE
-    _write(config, target_batch_size=target)
-    return Prepared(folder=folder, config=config, target_batch_size=target, solo_rate=rate)
+    _write(config, target_batch_size=target, duty_cycle=duty_cycle)
+    return Prepared(folder=folder, config=config, target_batch_size=target, duty_cycle=duty_cycle, solo_rate=rate)
 
 
-def _solo(bundle: Path, *, seconds: float) -> float:
-    rates = solo_rates(bundle, num_trainers=len(TRAINERS), seconds=seconds, micro_batch_size=MICRO_BATCH_SIZE)
+def _solo(bundle: Path, *, seconds: float, duty_cycle: float) -> float:
+    rates = solo_rates(
+        bundle, num_trainers=len(TRAINERS), seconds=seconds, micro_batch_size=MICRO_BATCH_SIZE, duty_cycle=duty_cycle
+    )
     return sum(rates) / len(rates)
 
 
-def _write(path: Path, *, target_batch_size: int) -> None:
+def _write(path: Path, *, target_batch_size: int, duty_cycle: float) -> None:
     text = CONFIG.format(
-        run_id=RUN_ID, num_epochs=NUM_EPOCHS, target_batch_size=target_batch_size, micro_batch_size=MICRO_BATCH_SIZE
+        run_id=RUN_ID, num_epochs=NUM_EPOCHS, target_batch_size=target_batch_size, micro_batch_size=MICRO_BATCH_SIZE,
+        duty_cycle=duty_cycle,
     )  # fmt: skip
     path.write_text(text)
