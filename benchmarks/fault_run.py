@@ -14,8 +14,8 @@ from tests.shards import ROOT
 
 MICRO_BATCH_SIZE = 16
 DUTY_CYCLE = 0.4
-"""Of each trainer. In a real swarm each has a machine of its own; three that compute all the time take all of two cores,
-and whatever else a peer does is taken from the others' computing: see docs/faults.md."""
+"""Of each trainer. In a real swarm each has a machine of its own; three that compute all the time take both cores of
+a small one, and whatever else a peer does is taken from the others' computing: see docs/faults.md."""
 NUM_EPOCHS = 100_000
 """The benchmark says when it is enough."""
 CONFIG = """
