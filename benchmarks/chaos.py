@@ -31,8 +31,8 @@ QUICK = ("trainer's child", "monitor's child", "bootstrap peer, whole", "p2pd", 
 SOLO_SECONDS, SOLO_QUICK_SECONDS = 30.0, 8.0
 EXPECTED = 0.85
 """Of the solo rates: the goodput to reach, and by which the schedule is stretched over the epochs."""
-PATIENCE = 3.0
-"""Given up after so many times the time that the epochs should take."""
+PATIENCE, START_SECONDS = 3.0, 120.0
+"""Given up after so many times the time that the epochs should take. Bare hivemind gets the time that ours took."""
 NORM_TOLERANCE = 1e-4
 
 
@@ -92,10 +92,10 @@ def _measure(rig: OurRig | BareRig, log: Log, prepared: Prepared) -> Goodput | N
     rounds = rig.watch.rounds()
     if len(rounds) < 2:
         return None
-    start, end = rounds[0].at, rounds[-1].at
+    start, end = rounds[0].at, log.ended_at or rounds[-1].at
     return goodput(
         rounds, spans=rig.watch.spans(TRAINERS, end=end), holds=log.holds, solo_rate=prepared.solo_rate,
-        computed=rig.watch.computed(TRAINERS, start=start, end=end), num_trainers=len(TRAINERS),
+        computed=rig.watch.computed(TRAINERS, start=start, end=end), num_trainers=len(TRAINERS), end=end,
     )  # fmt: skip
 
 
@@ -158,12 +158,15 @@ def main() -> int:
             folder.resolve(), epoch_seconds=epoch_seconds, solo_seconds=solo_seconds, duty_cycle=args.duty_cycle
         )
         say(f"solo: {prepared.swarm_rate:.1f} samples/s of three; target_batch_size={prepared.target_batch_size}")
-        results = []
+        results, taken = [], 0.0
         for kind, run in (("ours", run_ours), ("stock", run_stock)):
             if (kind == "stock" and not (args.stock or args.only_stock)) or (kind == "ours" and args.only_stock):
                 continue
             before = prepared.solo_rate
-            found = run(prepared, faults, num_epochs=num_epochs, limit_seconds=PATIENCE * duration + 120)
+            limit = PATIENCE * duration + START_SECONDS if kind == "ours" else taken or duration
+            started = time.monotonic()
+            found = run(prepared, faults, num_epochs=num_epochs, limit_seconds=limit)
+            taken = time.monotonic() - started
             after = prepared.measure_again(seconds=solo_seconds)
             say(f"solo afterwards, mean with before: {after.swarm_rate:.1f} samples/s")
             if found.goodput is not None:

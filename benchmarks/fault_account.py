@@ -72,13 +72,16 @@ LOST_WORK, SLOWER = "computed, but in no true round", "slower than alone: shared
 
 def goodput(
     rounds: Sequence[Round], *, spans: Sequence[Span], holds: Sequence[Hold], computed: float, solo_rate: float,
-    num_trainers: int,
+    num_trainers: int, end: float | None = None,
 ) -> Goodput:  # fmt: skip
-    """From the first of `rounds` to the last. `solo_rate`: samples per second of one trainer, all of them running;
-    `computed`: samples that the trainers made in that time, useful or not. ValueError for fewer than two rounds."""
+    """From the first of `rounds` to `end`, or to the last of them.
+
+    `solo_rate`: samples per second of one trainer, all of them running; `computed`: samples that the trainers made in
+    that time, useful or not. ValueError for fewer than two rounds.
+    """
     if len(rounds) < 2:
         raise ValueError(f"{len(rounds)} true rounds: nothing to measure")
-    start, end = rounds[0].at, rounds[-1].at
+    start, end = rounds[0].at, rounds[-1].at if end is None else end
     useful = sum(r.num_samples for r in rounds[1:])
     held = sum(_overlap(h.start, h.end, start, end) for h in holds)
     available = num_trainers * (end - start) - held

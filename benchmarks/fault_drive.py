@@ -33,6 +33,8 @@ class Log:
     missed: list[Fault] = field(default_factory=list)
     """Their target was not there within TRY_SECONDS, or, in a bare swarm, does not exist."""
     holds: list[Hold] = field(default_factory=list)
+    ended_at: float | None = None
+    """Monotonic, if it was ended by the limit and not by the last round that was wanted."""
     orphans: list[str] = field(default_factory=list)
     """Processes that outlived their owner by more than ten seconds."""
     longest_orphan_seconds: float = 0.0
@@ -74,6 +76,7 @@ def drive(rig: OurRig | BareRig, faults: Sequence[Fault], *, num_epochs: int, li
             if len(rounds) > num_epochs and not pending and not mends:
                 return log
             time.sleep(TICK_SECONDS)
+        log.ended_at = time.monotonic()
     finally:
         injector.mend_all()
         if orphans is not None:

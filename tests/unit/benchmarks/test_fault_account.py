@@ -56,6 +56,11 @@ def test_goodput_excuses_only_what_the_schedule_holds_down() -> None:
     assert found.lost[BACK_OFF] == pytest.approx(3 / 30), "the restart that it led to is ours"
 
 
+def test_time_without_a_round_counts_until_the_given_end() -> None:
+    found = goodput(_rounds(0, 10, 20), spans=[], holds=[], computed=400, solo_rate=10, num_trainers=2, end=40)
+    assert (found.share, found.seconds) == (0.5, 40)
+
+
 def test_goodput_without_two_rounds_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to measure"):
         goodput(_rounds(0), spans=[], holds=[], computed=0, solo_rate=10, num_trainers=2)
