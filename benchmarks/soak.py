@@ -22,7 +22,7 @@ import psutil
 from benchmarks.fault_drive import say
 from benchmarks.fault_kinds import EVERYONE
 from benchmarks.fault_rig import OurRig
-from benchmarks.fault_run import prepare
+from benchmarks.fault_run import DUTY_CYCLE, prepare
 from benchmarks.soak_fit import Fit, fit
 from launchers.output import PEERS
 
@@ -148,12 +148,15 @@ def table(fits: dict[tuple[str, str, str], Fit], shares: dict[tuple[str, str], f
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--duty-cycle", type=float, default=DUTY_CYCLE, help="of each trainer, see docs/faults.md")
     parser.add_argument("--folder", type=Path, help="keep logs and feed there (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        prepared = prepare(folder.resolve(), epoch_seconds=EPOCH_SECONDS, solo_seconds=SOLO_SECONDS)
+        prepared = prepare(
+            folder.resolve(), epoch_seconds=EPOCH_SECONDS, solo_seconds=SOLO_SECONDS, duty_cycle=args.duty_cycle
+        )
         with prepared.ours() as rig:
             rig.start()
             say(f"{len(EVERYONE)} peers are at work")
