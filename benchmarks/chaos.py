@@ -92,10 +92,11 @@ def _measure(rig: OurRig | BareRig, log: Log, prepared: Prepared) -> Goodput | N
     rounds = rig.watch.rounds()
     if len(rounds) < 2:
         return None
-    start, end = rounds[0].at, log.ended_at or rounds[-1].at
+    end = log.ended_at or rounds[-1].at
+    computed = rig.watch.computed(TRAINERS, first=rounds[0].epoch + 1, last=rounds[-1].epoch)
     return goodput(
         rounds, spans=rig.watch.spans(TRAINERS, end=end), holds=log.holds, solo_rate=prepared.solo_rate,
-        computed=rig.watch.computed(TRAINERS, start=start, end=end), num_trainers=len(TRAINERS), end=end,
+        computed=computed, num_trainers=len(TRAINERS), end=end,
     )  # fmt: skip
 
 

@@ -76,8 +76,8 @@ def goodput(
 ) -> Goodput:  # fmt: skip
     """From the first of `rounds` to `end`, or to the last of them.
 
-    `solo_rate`: samples per second of one trainer, all of them running; `computed`: samples that the trainers made in
-    that time, useful or not. ValueError for fewer than two rounds.
+    `solo_rate`: samples per second of one trainer, all of them running; `computed`: samples that the trainers made for
+    these rounds, useful or not. ValueError for fewer than two rounds.
     """
     if len(rounds) < 2:
         raise ValueError(f"{len(rounds)} true rounds: nothing to measure")

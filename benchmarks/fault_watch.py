@@ -56,7 +56,7 @@ class Watch:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._now: dict[str, Sighting] = {}
         self._changes: dict[str, list[tuple[float, str]]] = {}
-        self._computed: dict[tuple[str, str, int], tuple[int, float]] = {}
+        self._computed: dict[tuple[str, str, int], int] = {}
         self._rounds: dict[str, tuple[float, int, dict[str, float], set[str]]] = {}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -86,8 +86,7 @@ class Watch:
             told.append((at, sighting.phase))
         for epoch, number in sighting.computed.items():
             place = (name, sighting.boot, epoch)
-            if number > self._computed.get(place, (0, 0.0))[0]:
-                self._computed[place] = (number, at)
+            self._computed[place] = max(number, self._computed.get(place, 0))
         if (seen := sighting.round) is not None:
             _, _, samples, members = self._rounds.setdefault(seen.key, (at, seen.epoch, {}, set()))
             samples.update(seen.samples)
@@ -115,11 +114,11 @@ class Watch:
         with self._lock:
             return spans_of({name: tuple(self._changes.get(name, ())) for name in names}, end=end)
 
-    def computed(self, names: Sequence[str], *, start: float, end: float) -> float:
-        """Samples that these computed in epochs of which they spoke last between `start` and `end`."""
+    def computed(self, names: Sequence[str], *, first: int, last: int) -> float:
+        """Samples that these said they computed for the epochs from `first` to `last`, in whatever boot."""
         with self._lock:
-            known = [(name, n, at) for (name, _, _), (n, at) in self._computed.items()]
-        return float(sum(n for name, n, at in known if name in names and start < at <= end))
+            known = [(name, epoch, number) for (name, _, epoch), number in self._computed.items()]
+        return float(sum(number for name, epoch, number in known if name in names and first <= epoch <= last))
 
     def epoch(self) -> int:
         """Of whoever is furthest."""

@@ -41,8 +41,9 @@ def test_samples_are_those_of_every_life_and_epoch_at_their_last_word() -> None:
         [_trainer("a", boot="1", computed={0: 50})], [_trainer("a", boot="1", computed={0: 70, 1: 5})],
         [_trainer("a", boot="2", computed={1: 30})],
     )  # fmt: skip
-    assert watch.computed(["a"], start=0, end=float("inf")) == 70 + 5 + 30
-    assert watch.computed(["b"], start=0, end=float("inf")) == 0
+    assert watch.computed(["a"], first=0, last=99) == 70 + 5 + 30
+    assert watch.computed(["a"], first=1, last=1) == 5 + 30
+    assert watch.computed(["b"], first=0, last=99) == 0
 
 
 def test_phases_follow_each_other_without_repetition() -> None:
