@@ -33,8 +33,8 @@ class RunTable(Table):
     target_batch_size: int = Field(ge=1)
     """Samples that all peers together accumulate for one epoch, which is one global optimizer step."""
 
-    report_seconds: float = Field(default=30.0, ge=0.5)
-    """Each peer publishes a report this often."""
+    report_seconds: float = Field(default=30.0, ge=0.5, le=300.0)
+    """Each peer publishes a report this often, and looks after its line, clock and address as often."""
 
     wire: Literal["calm-1", "hivemind-1.1"] = "calm-1"
     """How gradients travel. `hivemind-1.1` lets bare `hivemind.Optimizer` peers average with ours in an open run, at

@@ -3,14 +3,16 @@
 import contextlib
 import logging
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 
-from calm_ray.actors.creation import create_supervisor
+from calm_ray.actors.creation import Taken, create_supervisor, in_a_line
 from calm_ray.actors.desired import (
     NAMESPACE,
     SUPERVISOR,
@@ -32,6 +34,7 @@ from launchers.organiser import OrganiserConfig
 from launchers.output import BUNDLE, CHECKPOINTS, KEY, PEERS, run_of
 
 CALL_SECONDS = 10.0
+CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 90.0
 """For a supervisor that Ray is starting again, maybe on another node."""
 LOCAL = "local"
@@ -45,6 +48,8 @@ class Crew:
         self._supervisor: Any = None
         self.is_gone = False
         """It was there once."""
+        self.asked_at = 0.0
+        """When we asked for the run's peers: who was parked before is tried again."""
 
     def find(self) -> bool:
         """Whether it lives on this cluster."""
@@ -52,18 +57,29 @@ class Crew:
             self._supervisor = ray.get_actor(actor_name(self._run_id, SUPERVISOR), namespace=NAMESPACE)
         except ValueError:
             return False
+        except ray.exceptions.RayError as exc:
+            raise CalmRayError(f"the Ray cluster does not answer: {in_a_line(exc)}") from exc
         return True
 
     def start(self, config: OrganiserConfig, *, out: Path) -> None:
-        """Create it on this node. What `out` holds must be prepared: key, bundle, a checkpoint."""
+        """Create it on this node, or follow one that another driver has created meanwhile. What `out` holds must be
+        prepared: key, bundle, a checkpoint."""
+        self.asked_at = time.time()
         key = public_bytes(load_or_create_key(out / KEY))
         desired = Desired(
             run_id=self._run_id, config_hash=config.run.config_hash(), code_hash=code_hash(),
             num_epochs=config.run.num_epochs, home=ray.get_runtime_context().get_node_id(), out=out,
             bundle_digest=bundle_digest(out / BUNDLE), organiser_key=key.hex(),
-            slots=slots_of(config, out=out), asked_at=time.time(),
+            slots=slots_of(config, out=out), asked_at=self.asked_at,
         )  # fmt: skip
-        self._supervisor = create_supervisor(Supervisor, desired)
+        try:
+            self._supervisor = create_supervisor(Supervisor, desired)
+        except Taken:
+            if not self.find():
+                raise
+            self.follow(config, out=out)
+        except ray.exceptions.RayError as exc:
+            raise CalmRayError(f"the run's supervisor cannot be created: {in_a_line(exc)}") from exc
 
     def status(self) -> SupervisorStatus:
         """What it knows; waits while it is being started again. CalmRayError if it is gone."""
@@ -72,6 +88,11 @@ class Crew:
             try:
                 answer = ray.get(self._supervisor.status.remote(), timeout=CALL_SECONDS)
                 return SupervisorStatus.model_validate_json(answer)
+            except ValidationError:
+                raise ConfigError(
+                    f"run {self._run_id!r} is up, with another version of calm-ray; use that one, or end the run first "
+                    "with --down"
+                ) from None
             except ray.exceptions.RayError as exc:
                 if not self.find() or time.monotonic() > deadline:
                     self.is_gone = True
@@ -81,17 +102,22 @@ class Crew:
                     ) from exc
             time.sleep(1.0)
 
-    def require_same(self, config: OrganiserConfig, *, out: Path) -> None:
-        """ConfigError with the difference, unless the supervisor that lives does what `config` asks for."""
+    def follow(self, config: OrganiserConfig, *, out: Path) -> None:
+        """Ask the supervisor that lives for what has given up. ConfigError with the difference, unless it does what
+        `config` asks for."""
         if told := difference(self.status().desired, config, out=out):
             raise ConfigError(f"run {self._run_id!r} is up, and {told}; change it back, or end it first with --down")
+        self.asked_at = time.time()
+        with contextlib.suppress(ray.exceptions.RayError):  # `status` tells, if it is gone
+            ray.get(self._supervisor.ask_again.remote(self.asked_at), timeout=CALL_SECONDS)
 
-    def end(self) -> None:
-        """It ends, all own peers leave, and their actors; also if it is gone and only they are there."""
+    def end(self) -> list[str]:
+        """It ends, all own peers leave, and their actors; also if it is gone and only they are there. A line for each
+        peer that has not said that it left."""
         try:
-            end_run(self._run_id)
+            return end_run(self._run_id)
         except ray.exceptions.RayError as exc:
-            raise CalmRayError(f"the run's actors could not be ended: {exc}") from exc
+            raise CalmRayError(f"the run's actors could not be ended: {in_a_line(exc)}") from exc
 
 
 def slots_of(config: OrganiserConfig, *, out: Path) -> tuple[Slot, ...]:
@@ -140,6 +166,7 @@ def difference(there: Desired, config: OrganiserConfig, *, out: Path) -> str:
 def connected(address: str) -> Iterator[None]:
     """A connection to the Ray cluster at `address`, or, for LOCAL, to one of our own that ends with us."""
     is_local = address == LOCAL
+    require_answer(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -150,9 +177,27 @@ def connected(address: str) -> Iterator[None]:
             _system_config={"worker_niceness": 0} if is_local else None,
         )  # fmt: skip
     except (ConnectionError, ValueError) as exc:
-        raise CalmRayError(f"no Ray cluster answers at RAY_ADDRESS={address}: {exc}") from exc
+        raise _no_cluster(address, str(exc)) from exc
     signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def require_answer(address: str) -> None:
+    """CalmRayError if nobody listens at HOST:PORT or ray://HOST:PORT. Ray itself goes on trying for minutes (2.60)."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):
+        return  # a name of Ray's, such as `auto`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as exc:
+        raise _no_cluster(address, str(exc)) from exc
+
+
+def _no_cluster(address: str, why: str) -> CalmRayError:
+    return CalmRayError(
+        f"no Ray cluster answers at RAY_ADDRESS={address}: {why}; start it (ray up), or unset RAY_ADDRESS to run on "
+        "this machine alone"
+    )

@@ -25,20 +25,29 @@ from calm_ray.checkpoint.manifest import folders, read_manifest
 from calm_ray.cli.invite import install_line
 from calm_ray.code import code_hash
 from calm_ray.errors import CalmRayError, ConfigError
+from calm_ray.peers.budget import write_atomically
+from calm_ray.peers.endings import ending_of
 from launchers.begin import Found, Start, choose
 from launchers.organiser import OrganiserConfig, load_organiser
-from launchers.output import BUNDLE, CHECKPOINTS, end_peers, lock_output, newest_epoch, set_aside, survey
+from launchers.output import BUNDLE, CHECKPOINTS, disk_trouble, end_peers, lock_output, newest_epoch, set_aside, survey
+from launchers.voice import spoken
 
 if TYPE_CHECKING:
     from launchers.crew import Crew
 
 BEGIN_FILE = "begin.json"
 """How good the first checkpoint was; an adopted run is compared with it."""
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+"""Like Ctrl-C. SIGHUP: the terminal was closed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; the process's exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with spoken():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: Sequence[str]) -> int:
     try:
         if arguments[:1] == ["config"]:
             return _print_config(arguments[1:])
@@ -47,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"job: {exc}", file=sys.stderr)
         return exc.exit_code
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as exc:
+        error = disk_trouble(exc)
+        print(f"job: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("job: interrupted", file=sys.stderr)
         return 130
@@ -75,8 +87,9 @@ def _run_job(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     config = load_organiser(args.config)
     out = (args.out or Path("out") / config.run.run_id).resolve()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
-        signal.signal(number, _as_interrupt)
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: it outlives its terminal
+            signal.signal(number, _as_interrupt)
     if args.down:
         return _down(config.run.run_id, out)
     start: Start = "resume" if args.resume else "fresh" if args.fresh else "go-on"
@@ -97,20 +110,37 @@ def _say_hello(config: OrganiserConfig, out: Path) -> None:
 
 def _down(run_id: str, out: Path) -> int:
     """End what lives of this run: on its cluster, and on this machine by the control sockets in `out`."""
+    silent: list[str] = []
+    is_heard = True
     with contextlib.ExitStack() as stack:
         if address := os.environ.get("RAY_ADDRESS"):
             from launchers.crew import Crew, connected
 
             try:
                 with connected(address):
-                    Crew(run_id).end()
+                    silent = Crew(run_id).end()
             except CalmRayError as exc:
+                is_heard = False
                 print(f"{exc}\nEnding what is on this machine.", flush=True)
         else:
             stack.enter_context(lock_output(out))  # a job that holds it has a Ray of its own, and ends by Ctrl-C
         left = end_peers(out)
-    print("\n".join(f"Still there: {line}" for line in left) or "Nothing is left.", flush=True)
-    return 1 if left else 0
+    _tell(silent, left)
+    if is_heard and not silent and not left:
+        print("Nothing is left.", flush=True)
+        return 0
+    if not left:
+        print(
+            "Nothing is left on this machine. On others of the cluster, trainers leave once it is gone, and all the "
+            "rest after [organiser.job] adoption_seconds.", flush=True,
+        )  # fmt: skip
+    return 1
+
+
+def _tell(silent: Sequence[str], left: Sequence[str]) -> None:
+    """Of peers that do not leave: what the cluster says, and what is on this machine."""
+    for line in (*silent, *(f"Still there: {line}" for line in left)):
+        print(line, flush=True)
 
 
 def _train_and_judge(config: OrganiserConfig, config_path: Path, out: Path, *, start: Start) -> int:
@@ -123,10 +153,10 @@ def _train_and_judge(config: OrganiserConfig, config_path: Path, out: Path, *, s
     with contextlib.ExitStack() as stack:
         if address:
             stack.enter_context(connected(address))
-            if start == "fresh":
-                crew.end()
+            if start == "fresh" and (left := crew.end()):
+                raise CalmRayError(f"{left[0]}; end it first")
         if address and crew.find():
-            crew.require_same(config, out=out)
+            crew.follow(config, out=out)
             print("The run is up: following it.", flush=True)
             begin = None
         else:
@@ -179,8 +209,11 @@ def _prepare(config_path: Path, out: Path, *, should_resume: bool) -> Path:
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["launchers.prepare failed and said nothing"]
-        raise (ConfigError if done.returncode == ConfigError.exit_code else CalmRayError)(lines[-1])
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        ending = ending_of(done.returncode, error=said, verdict=None, num_oom_kills=0)
+        error = CalmRayError(said if said and ending.cause != "killed" else f"launchers.prepare: {ending.why}")
+        error.exit_code = ending.exit_code
+        raise error
     begin = Path(done.stdout.splitlines()[-1])
     epoch, newest = read_manifest(begin).epoch, newest_epoch(out)
     if epoch == 0:
@@ -191,29 +224,36 @@ def _prepare(config_path: Path, out: Path, *, should_resume: bool) -> Path:
     return begin
 
 
-def _first_evaluation(out: Path, *, begin: Path | None) -> dict[str, Any]:
-    """How good the model was when this run's peers started. Written down, for a driver that adopts them."""
+def _first_evaluation(out: Path, *, begin: Path | None) -> dict[str, Any] | None:
+    """How good the model was when this run's peers started. Written down, for a driver that adopts them. None if it
+    cannot be told: a run that is up is followed all the same."""
     from launchers.verdict import evaluate
 
     path = out / BEGIN_FILE
-    if begin is None and path.is_file():
+    if begin is not None:
+        before = evaluate(begin, out / BUNDLE)
+        write_atomically(path, json.dumps(before))
+        return before
+    try:
         written: dict[str, Any] = json.loads(path.read_text())
         return written
-    if begin is None:
-        begin = folders(out / CHECKPOINTS)[0][1]
-    before = evaluate(begin, out / BUNDLE)
-    path.write_text(json.dumps(before))
-    return before
+    except (OSError, ValueError):
+        found = folders(out / CHECKPOINTS)
+    try:
+        return evaluate(found[0][1], out / BUNDLE) if found else None
+    except CalmRayError as exc:
+        print(f"How good the model is now is not known: {exc}", flush=True)
+        return None
 
 
 def _end(crew: "Crew", out: Path) -> None:
     """All own peers leave. It takes ten seconds; being asked again does not make it faster."""
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *STOPPING)}
+    silent: list[str] = []
     try:
-        crew.end()
+        silent = crew.end()
     finally:
-        if left := end_peers(out):
-            print(f"Still there: {', '.join(left)}", flush=True)
+        _tell(silent, end_peers(out))
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

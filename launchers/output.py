@@ -11,12 +11,15 @@ from pathlib import Path
 from calm_ray.bundle import RUN
 from calm_ray.checkpoint.manifest import folders
 from calm_ray.config import RunTable, parse_table
-from calm_ray.errors import ConfigError
-from calm_ray.peers.control import ControlClient
+from calm_ray.errors import CalmRayError, ConfigError
+from calm_ray.peers.control import ask
+from calm_ray.peers.endings import disk_error, is_disk_trouble
+from calm_ray.peers.lock import FILE_NAME, holder
 from calm_ray.peers.status import PeerStatus
 from launchers.begin import Found
 
 KEY, BUNDLE, CHECKPOINTS, PEERS = "organiser.key", "bundle", "checkpoints", "peers"
+ELSEWHERE = "choose another --out"
 LEAVE_SECONDS = 20.0
 """Peers leave within ten seconds after they were told to, or lost their lease; a busy machine needs a little longer."""
 
@@ -28,13 +31,22 @@ def lock_output(out: Path) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = out.with_name(out.name + ".lock").open("a+")
     except OSError as exc:
-        raise ConfigError(f"{out}: {exc.strerror or exc} ({exc.filename}); choose another --out") from exc
+        raise disk_error(exc, where=out, elsewhere=ELSEWHERE) from exc
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{out}: another job is writing there; wait for it, or choose another --out") from None
+        except BlockingIOError:
+            raise ConfigError(f"{out}: another job is writing there; wait for it, end it, or {ELSEWHERE}") from None
+        except OSError as exc:  # a file system without locks
+            raise disk_error(exc, where=out, elsewhere=ELSEWHERE) from exc
         yield
+
+
+def disk_trouble(exc: OSError) -> CalmRayError:
+    """What a disk did, as one of ours. Raises what is anything else: it is a bug."""
+    if not (is_disk_trouble(exc) or isinstance(exc, PermissionError)):
+        raise exc
+    return disk_error(exc, where=Path(exc.filename or "output folder"), elsewhere=ELSEWHERE)
 
 
 def survey(out: Path) -> Found:
@@ -72,7 +84,7 @@ def newest_epoch(out: Path) -> int:
 
 def live_peers(out: Path) -> dict[str, PeerStatus]:
     """Name -> what it says, of the peers on this machine that answer in their folders."""
-    asked = {path.parent.name: _call(path.parent, "status") for path in sorted((out / PEERS).glob("*/lock"))}
+    asked = {folder.name: ask(folder) for folder in _folders(out / PEERS)}
     return {name: status for name, status in asked.items() if status is not None}
 
 
@@ -81,10 +93,10 @@ def end_peers(out: Path) -> list[str]:
     for roles in (("trainer",), ("monitor",), ("auxiliary",)):
         for name, status in live_peers(out).items():
             if status.role in roles:
-                _call(out / PEERS / name, "stop")
+                ask(out / PEERS / name, "stop")
         _wait_until(lambda roles=roles: not any(_of_role(live_peers(out), role) for role in roles))  # type: ignore[misc]
     _wait_until(lambda: not _taken(out / PEERS))
-    return [f"{path} (process {path.joinpath('lock').read_text().strip()})" for path in _taken(out / PEERS)]
+    return [f"{folder} (process {holder(folder)})" for folder in _taken(out / PEERS)]
 
 
 def run_of(out: Path) -> RunTable | None:
@@ -94,19 +106,6 @@ def run_of(out: Path) -> RunTable | None:
         return parse_table(RunTable, json.loads(path.read_bytes()), where=str(path))
     except (OSError, ValueError, ConfigError):
         return None
-
-
-def _call(folder: Path, op: str) -> PeerStatus | None:
-    try:
-        client = ControlClient(folder)
-    except OSError:
-        return None
-    try:
-        return client.call(op)
-    except (OSError, ValueError):
-        return None
-    finally:
-        client.close()
 
 
 def _of_role(live: Mapping[str, PeerStatus], role: str) -> list[str]:
@@ -128,12 +127,10 @@ def _wait_until(holds: Callable[[], bool]) -> bool:
 
 
 def _taken(peers: Path) -> list[Path]:
-    """Folders whose lock a watchdog holds."""
-    found = []
-    for path in sorted(peers.glob("*/lock")):
-        with path.open("r") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                found.append(path.parent)
-    return found
+    """Folders that a watchdog holds."""
+    return [folder for folder in _folders(peers) if holder(folder)]
+
+
+def _folders(peers: Path) -> list[Path]:
+    """Where a peer has been."""
+    return [path.parent for path in sorted(peers.glob(f"*/{FILE_NAME}"))]

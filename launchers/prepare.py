@@ -19,7 +19,7 @@ from calm_ray.signing import load_or_create_key, public_bytes
 from calm_ray.training.model import build_model, parameter_names
 from calm_ray.training.prepare import load_bundle_model_config, write_parts
 from launchers.organiser import OrganiserConfig, load_organiser
-from launchers.output import BUNDLE, CHECKPOINTS, KEY, newest_epoch
+from launchers.output import BUNDLE, CHECKPOINTS, KEY, disk_trouble, newest_epoch
 
 
 def prepare(config_path: Path, out: Path, *, install: str = "", should_resume: bool = False) -> Path:
@@ -108,6 +108,10 @@ def main(argv: Sequence[str]) -> int:
     except CalmRayError as exc:
         print(exc, file=sys.stderr)
         return exc.exit_code
+    except OSError as exc:
+        error = disk_trouble(exc)
+        print(error, file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -25,19 +25,18 @@ def evaluate(checkpoint: Path, bundle: Path) -> dict[str, Any]:
     return result
 
 
-def print_verdict(*, before: dict[str, Any], after: dict[str, Any], checkpoint: Path) -> None:
-    """Losses before and after, and the line that loads the model."""
+def print_verdict(*, before: dict[str, Any] | None, after: dict[str, Any], checkpoint: Path) -> None:
+    """Losses before, if they are known, and after, and the lines that load the model."""
     console = Console()
-    start, unigram = before["ln_vocab_size"], before["unigram_loss"]
+    start, unigram = after["ln_vocab_size"], after["unigram_loss"]
     closed = (start - after["mean_mlm_loss"]) / (start - unigram)
     table = Table(
         title=f"Held-out text: {after['num_sequences']} sequences, {after['num_masked_tokens']} masked tokens"
     )
     for name in ("", "before", "after"):
         table.add_column(name, justify="left" if not name else "right")
-    table.add_row("MLM loss", f"{before['mean_mlm_loss']:.3f}", f"{after['mean_mlm_loss']:.3f}")
-    table.add_row("SOP loss", f"{before['mean_sop_loss']:.3f}", f"{after['mean_sop_loss']:.3f}")
-    table.add_row("SOP accuracy", f"{before['sop_accuracy']:.3f}", f"{after['sop_accuracy']:.3f}")
+    for what, key in (("MLM loss", "mean_mlm_loss"), ("SOP loss", "mean_sop_loss"), ("SOP accuracy", "sop_accuracy")):
+        table.add_row(what, f"{before[key]:.3f}" if before is not None else "", f"{after[key]:.3f}")
     table.add_row("knowing nothing: ln(vocabulary)", f"{start:.3f}", "")
     table.add_row("knowing each token's frequency", f"{unigram:.3f}", "")
     console.print(table)

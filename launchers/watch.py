@@ -42,7 +42,7 @@ def watch(crew: Crew, *, config: OrganiserConfig) -> Path:
             if status.invite != invite:
                 invite = status.invite
                 console.print(_invitation(invite), **PLAIN)
-            if why := dead_end(status.members):
+            if why := dead_end(status.members, asked_at=crew.asked_at):
                 raise CalmRayError(why)
             if not invite and time.monotonic() - started_at > START_SECONDS:
                 raise CalmRayError(f"no auxiliary peer is up after {START_SECONDS:.0f} s; {_logs(status)}")
@@ -73,15 +73,18 @@ def news(status: SupervisorStatus, *, told: set[Incident]) -> Iterator[str]:
             yield f"{time.strftime('%H:%M:%S', time.localtime(incident.at))} {incident.text}"
 
 
-def dead_end(members: Sequence[Member]) -> str:
-    """Why this run cannot end without somebody's help, or an empty string."""
+def dead_end(members: Sequence[Member], *, asked_at: float) -> str:
+    """Why this run cannot end without somebody's help, or an empty string. `asked_at`: when we asked for it last; who
+    had given up before that is tried again."""
+    gone = {member.name for member in members if member.has_given_up(asked_at=asked_at)}
     for role, what in (("auxiliary", "nobody can join"), ("monitor", "nobody writes checkpoints")):
         of_role = [member for member in members if member.role == role]
-        if of_role and all(member.is_parked for member in of_role):
+        if of_role and all(member.name in gone for member in of_role):
             return f"{_given_up(of_role[0])}; without it, {what}"
     trainers = [member for member in members if member.role == "trainer"]
     summary = newest_summary(members)
-    if trainers and all(m.is_parked for m in trainers) and not (summary and summary.peers_by_role["trainer"]):
+    is_idle = summary is not None and not summary.peers_by_role["trainer"]
+    if trainers and all(member.name in gone for member in trainers) and is_idle:
         return f"{_given_up(trainers[0])}; nobody trains"
     return ""
 

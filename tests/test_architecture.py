@@ -63,8 +63,8 @@ HOMES: Mapping[str, tuple[str, ...]] = {
 """SDK -> where alone it may be imported."""
 
 NO_TORCH_IN_PEERS = {
-    "budget", "control", "control_server", "endings", "handle", "judge", "launch", "lines", "log", "process", "spec",
-    "status", "vitals", "watchdog",
+    "budget", "control", "control_server", "endings", "handle", "judge", "launch", "lock", "log", "parent", "process",
+    "spec", "status", "vitals", "watchdog",
 }  # fmt: skip
 """Modules of calm_ray/peers that run before, beside or without the training process, and must stay light."""
 

@@ -53,7 +53,7 @@ class Desired(Table):
     """Public, hex."""
     slots: tuple[Slot, ...] = Field(min_length=1)
     asked_at: float
-    """Unix seconds when a person asked for this; peers that were parked before are forgiven."""
+    """Unix seconds when a person asked for this last; peers that were parked before are forgiven."""
 
 
 class Orders(Table):
@@ -80,6 +80,8 @@ class ActorReport(Table):
     """It found its peer running."""
     num_revivals: int = 0
     """How often this actor started its peer again after the watchdog had gone."""
+    asked_at: float = 0.0
+    """The newest asking (`Desired.asked_at`) that this actor has heeded."""
     needs_bundle: bool = False
 
 
@@ -101,6 +103,15 @@ class Member(Table):
     @property
     def is_parked(self) -> bool:
         return self.peer is not None and self.peer.state == "parked"
+
+    @property
+    def is_unheard(self) -> bool:
+        """It is there, and what it does we do not know yet."""
+        return self.is_there and self.report is None
+
+    def has_given_up(self, *, asked_at: float) -> bool:
+        """Although a person asked for it then: what had parked it before may be mended."""
+        return self.is_parked and self.report is not None and self.report.asked_at >= asked_at
 
     @property
     def is_up(self) -> bool:

@@ -21,8 +21,8 @@ class Invites:
         self._desired = desired
         self._path = desired.out / INVITE_FILE
         self.current = ""
-        with contextlib.suppress(OSError, ConfigError):
-            text = self._path.read_text().strip()
+        with contextlib.suppress(ConfigError):
+            text = self._written()
             if decode_invite(text).organiser_key.hex() == desired.organiser_key:
                 self.current = text
 
@@ -32,8 +32,8 @@ class Invites:
         if addresses and (invite := self._encode(addresses)) != self.current:
             self.current = invite
             logger.info("action=invite num_addresses=%d", len(addresses))
-            if self._path.parent.is_dir():
-                write_atomically(self._path, invite + "\n")
+        if self.current and self._path.parent.is_dir() and self._written() != self.current:
+            write_atomically(self._path, self.current + "\n")  # a disk that is full now will not be for ever
 
     def invited(self, spec: PeerSpec, *, members: Collection[Member]) -> PeerSpec:
         """`spec` for a peer that joins: by way of those that are up now, and of those that the invite names."""
@@ -41,6 +41,12 @@ class Invites:
         if self.current:
             addresses += decode_invite(self.current).addresses
         return spec.model_copy(update={"bundle": None, "resume": None, "invite": self._encode(tuple(addresses))})
+
+    def _written(self) -> str:
+        try:
+            return self._path.read_text().strip()
+        except (OSError, ValueError):
+            return ""
 
     def _encode(self, addresses: tuple[str, ...]) -> str:
         unique = tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES]

@@ -1,5 +1,6 @@
 """`calm-ray join INVITE`: a volunteer's one command. Says what happens in words; the log has the rest."""
 
+import contextlib
 import sys
 import time
 from functools import partial
@@ -35,11 +36,12 @@ def join(invite_text: str, *, config: Path | None, folder: Path | None, name: st
     print("Starting; the first time, loading torch and hivemind can take half a minute.", flush=True)
     watchdog = Watchdog(spec, on_status=narrator, preflight=partial(_look_ahead, spec, invite))
     code = watchdog.run()
-    if watchdog.status.error:
-        print(f"calm-ray: {watchdog.status.error}", file=sys.stderr)
-    elif code == 0:
-        number = narrator.samples_contributed
-        print(f"Left the run. You contributed {number} samples. Thank you!" if number else "Left the run.")
+    with contextlib.suppress(OSError):  # the terminal may be gone by now
+        if watchdog.status.error:
+            print(f"calm-ray: {watchdog.status.error}", file=sys.stderr)
+        elif code == 0:
+            number = narrator.samples_contributed
+            print(f"Left the run. You contributed {number} samples. Thank you!" if number else "Left the run.")
     return code
 
 

@@ -4,6 +4,8 @@
 """
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as exc:
+        return _tell_disk_trouble(exc)
+    finally:
+        _flush()
+
+
+def _tell_disk_trouble(exc: OSError) -> int:
+    """A disk that is full or read-only, wherever it is met. Raises what is anything else: it is a bug of ours."""
+    from calm_ray.peers.endings import disk_error, is_disk_trouble
+
+    if not is_disk_trouble(exc):
+        raise exc
+    error = disk_error(exc, where=Path(exc.filename or "output"), elsewhere="write elsewhere")
+    print(f"calm-ray: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _flush() -> None:
+    """Now, where a terminal or a pipe that is gone is no reason for a traceback; Python would tell it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """`calm-ray status`: the peers on this machine by their control sockets, or a whole swarm by an invite."""
 
-import contextlib
 import json
 import tempfile
 import time
@@ -11,7 +10,7 @@ from calm_ray.config import state_home
 from calm_ray.errors import CalmRayError, ConfigError
 from calm_ray.invite import PREFIX, decode_invite
 from calm_ray.observe.table import rounds_text
-from calm_ray.peers.control import ControlClient
+from calm_ray.peers.control import ask, temporary_folder
 from calm_ray.peers.endings import last_status
 from calm_ray.peers.status import PeerStatus
 
@@ -34,6 +33,8 @@ def print_status(target: str | None, *, as_json: bool) -> int:
 def headline(status: PeerStatus) -> str:
     """What a peer is, and what it is doing now."""
     what = f"{status.role} of {status.run_id}" if status.run_id else status.role
+    if status.is_other_version:
+        what = f"{what}, of another version of calm-ray"
     doing = status.error if status.state == "parked" else status.doing or status.detail
     return f"{what}: {status.state}{': ' + doing if doing else ''}"
 
@@ -63,8 +64,8 @@ def details(status: PeerStatus, *, now: float) -> list[str]:
 
 def _ask(folder: Path) -> PeerStatus | None:
     """What the peer there says; of one that has given up, what it said last."""
-    with contextlib.suppress(OSError), contextlib.closing(ControlClient(folder)) as client:
-        return client.call("status")
+    if (status := ask(folder)) is not None:
+        return status
     last = last_status(folder)
     return last if last is not None and last.state == "parked" else None
 
@@ -79,7 +80,7 @@ def _print_swarm(invite_text: str, *, as_json: bool) -> int:
     from calm_ray.swarm.reception import receive
 
     invite = decode_invite(invite_text)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
         folder = Path(temporary)
         listen = "/ip4/127.0.0.1/tcp/0"  # nobody will call us
         reception = receive(

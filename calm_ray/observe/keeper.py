@@ -31,7 +31,7 @@ class FeedKeeper:
         self._close()
 
     def append_all(self, rows: Iterable[FeedRow]) -> None:
-        """Append `rows` and what has waited, now or later; only another writer of the same feed is an error."""
+        """Append `rows` and what has waited, now or later. Never raises for the file: what is wrong with it is told."""
         for row in rows:
             self._pending.setdefault((row.kind, row.key), row)
         while len(self._pending) > MAX_PENDING:
@@ -39,18 +39,20 @@ class FeedKeeper:
         try:
             self._append()
         except FeedDamaged:
-            self._put_aside()
-            self._append_or_wait()
+            self._begin_anew()
         except CalmRayError as exc:
             self._wait(exc)
         else:
             self._warn(f"the feed was damaged and lies in {self._aside}; a new one has begun" if self._aside else "")
 
-    def _append_or_wait(self) -> None:
+    def _begin_anew(self) -> None:
         try:
+            self._put_aside()
             self._append()
         except CalmRayError as exc:
             self._wait(exc)
+        except OSError as exc:
+            self._wait(CalmRayError(f"{self._path}: damaged, and cannot be put aside: {exc.strerror or exc}"))
 
     def _append(self) -> None:
         if self._feed is None:
@@ -63,12 +65,14 @@ class FeedKeeper:
         self._warn(f"{len(self._pending)} rows wait for the feed: {problem}")
 
     def _put_aside(self) -> None:
+        """Raises OSError. The database last: what is left beside a new one would damage that, too."""
         self._close()
-        self._aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
-        for end in ("", *_COMPANIONS):
+        aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        for end in (*_COMPANIONS, ""):
             source = self._path.with_name(self._path.name + end)
             if source.exists():
-                source.rename(self._aside.with_name(self._aside.name + end))
+                source.rename(aside.with_name(aside.name + end))
+        self._aside = aside
 
     def _close(self) -> None:
         if self._feed is not None:

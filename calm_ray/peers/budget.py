@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,7 +30,6 @@ Cause = Literal["crashed", "killed", "stalled", "memory", "unreachable", "no-sta
 """`crashed`: an error; `killed`: by a signal from outside; `stalled`: by the watchdog, for it made no progress;
 `memory`: by the watchdog, for it grew too large; `mistake`: a person has to mend config, version or checkpoint."""
 PATIENT: frozenset[Cause] = frozenset({"unreachable", "no-state", "disk", "moved"})
-CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
 class _Record(BaseModel):
@@ -45,7 +44,8 @@ class Failure(_Record):
     cause: Cause
     why: str
     has_worked: bool
-    """Whether it made progress after its start."""
+    """Whether it did what its role is for after its start: a true round, a reading of the swarm. That it ran and
+    answered is no work: a device that hangs at each start does so, too."""
 
 
 class Ledger(_Record):
@@ -126,6 +126,13 @@ class LedgerFile:
             return
         self.ledger = ledger
         write_atomically(self.folder / FILE_NAME, ledger.model_dump_json())
+
+    def record(self, failure: Failure, *, now: float) -> Decision:
+        """Count a failure, decide what becomes of the peer, and keep both."""
+        ledger = self.ledger.with_failure(failure)
+        decision = decide(ledger.failures, now=now)
+        self.keep(ledger.parked(decision.park, now=now) if decision.park else ledger.with_restart(failure.cause))
+        return decision
 
 
 def read_ledger(folder: Path) -> Ledger:

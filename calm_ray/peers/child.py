@@ -11,10 +11,12 @@ import resource
 import signal
 import sys
 import threading
+from functools import partial
 
 from calm_ray.errors import CalmRayError, DiskTrouble
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.endings import disk_words, is_disk_trouble
+from calm_ray.peers.parent import end_with_parent
 from calm_ray.peers.process import DUMP_SIGNAL
 from calm_ray.peers.spec import NUM_FILES, PeerSpec
 
@@ -30,6 +32,7 @@ def main(status_fd: int, spec: PeerSpec) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take cores that [peer] num_threads left free
     context = PeerContext(spec, status_fd=status_fd)
     _leave_on_sigterm(context.stop)
+    end_with_parent(on_death=partial(_leave_in_time, context.stop))
     code = 1
     try:
         _run_role(context)
@@ -40,8 +43,9 @@ def main(status_fd: int, spec: PeerSpec) -> int:
         code = exc.exit_code
     except Exception as exc:
         if isinstance(exc, OSError) and is_disk_trouble(exc):
-            logger.exception("disk")
-            context.fail(f"{exc.filename or spec.folder}: {disk_words(exc)}")
+            words = f"{exc.filename or spec.folder}: {disk_words(exc)}"
+            logger.error("%s", words)
+            context.fail(words)
             code = DiskTrouble.exit_code
         else:
             logger.exception("unexpected")
@@ -73,6 +77,12 @@ def _leave_on_sigterm(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the watchdog, which asks us politely
+
+
+def _leave_in_time(stop: threading.Event) -> None:
+    """For the thread that sees our watchdog die: SIGTERM may wait for the end of a long micro-batch, this does not."""
+    stop.set()
+    threading.Event().wait(GRACE_SECONDS)
 
 
 def _raise_file_limit() -> None:

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 Facts = Callable[[], dict[str, Any]]
 Pulses = Callable[[], Mapping[str, Pulse]]
 LOST_EXIT_CODE = 1
-REPORT_SECONDS = 300.0
-"""A DHT call ends after 15 s, whatever happens."""
+LEAST_REPORT_ALLOWANCE, REPORTS_MISSED = 300.0, 3.0
+"""Seconds, and turns of the reporter, without a report that the DHT took. A call ends after 15 s, whatever happens."""
 
 
 class PeerContext:
@@ -66,7 +66,10 @@ class PeerContext:
             addresses=() if entry.is_client_mode else tuple(self.swarm.addresses()),
         )  # fmt: skip
         self._vigil = Vigil(entry, folder=self.spec.folder, boot_id=self.boot_id, warn=self.warn)
-        self._vigil.check_clock()
+        try:
+            self._vigil.check_clock()
+        except (SwarmUnreachable, OSError, EOFError) as exc:  # nobody answers in time: it is compared again, later
+            logger.warning("clock not compared: %s", str(exc) or type(exc).__name__)
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
@@ -95,7 +98,8 @@ class PeerContext:
     def _beat_for_ever(self) -> None:
         """Show the watchdog that this process runs, and what in it makes progress."""
         while not self.stop.wait(BEAT_SECONDS):
-            pulses = {"reports": Pulse(count=self._num_reports, allowance_seconds=REPORT_SECONDS), **self._pulses()}
+            allowance = reports_allowance(self.run.report_seconds)
+            pulses = {"reports": Pulse(count=self._num_reports, allowance_seconds=allowance), **self._pulses()}
             self._update(pulses=pulses, doing=self._words())
             if lost := self.swarm.lost_process():
                 self._end(lost, LOST_EXIT_CODE)
@@ -127,6 +131,10 @@ class PeerContext:
                 self._vigil.look()  # before we publish: who else uses our name shows only until then
             except CalmRayError as exc:
                 self._end(str(exc), exc.exit_code)
+            except (OSError, EOFError) as exc:
+                logger.warning("vigil: %s", str(exc) or type(exc).__name__)
+            if self.stop.is_set():
+                return  # what we published now would stay behind: our goodbye is out, or on its way
             self.publish()
             self.stop.wait(max(0.1, self.run.report_seconds - (time.monotonic() - started)))
 
@@ -137,7 +145,10 @@ class PeerContext:
             os._exit(code)
 
     def publish(self) -> None:
-        """Publish one report now; a DHT that does not answer is only logged, for the next report replaces this one."""
+        """Publish one report now; a DHT that does not answer is only logged, for the next report replaces this one.
+
+        But it is no progress: a DHT process that hangs looks alive to everybody else.
+        """
         report = PeerReport(
             peer_id=self.swarm.peer_id, boot_id=self.boot_id, role=self.spec.role, name=self.spec.peer.name,
             version=__version__, config_hash=self.run.config_hash(), is_client_mode=self._status.is_client_mode,
@@ -145,9 +156,9 @@ class PeerContext:
         )  # fmt: skip
         try:
             self.swarm.publish(encode(report), lifetime_seconds=self.run.report_lifetime_seconds)
+            self._num_reports += 1
         except SwarmUnreachable as exc:
             logger.warning("report not published: %s", exc)
-        self._num_reports += 1
         self._update(report=report)
 
     def close(self) -> None:
@@ -156,3 +167,8 @@ class PeerContext:
         if hasattr(self, "swarm"):
             self.swarm.withdraw(lifetime_seconds=self.run.report_lifetime_seconds)
             self.swarm.close()
+
+
+def reports_allowance(report_seconds: float) -> float:
+    """Seconds that a peer may go without publishing a report, if it means to publish every `report_seconds`."""
+    return max(LEAST_REPORT_ALLOWANCE, REPORTS_MISSED * report_seconds)

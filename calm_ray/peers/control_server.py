@@ -7,8 +7,8 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from calm_ray.peers.control import socket_path
-from calm_ray.peers.lines import LineBuffer
+from calm_ray.peers.control import LineBuffer, socket_path, temporary_folder
+from calm_ray.peers.endings import disk_error
 
 MAX_CONNECTIONS = 64
 SEND_SECONDS = 1.0
@@ -31,18 +31,16 @@ class ControlServer:
 
     @contextlib.contextmanager
     def listening(self, folder: Path) -> Iterator[None]:
-        """The caller holds the folder's lock, so whoever listened there is dead."""
-        path = socket_path(folder)
-        path.unlink(missing_ok=True)
+        """The caller holds the folder's lock, so whoever listened there is dead. DiskTrouble, ConfigError."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(str(path))
-            listener.listen(16)
+            path = _bind(listener, folder)
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a disk that has become read-only keeps its name, and nobody there
+                    path.unlink()
                 self._selector.unregister(listener)
                 for connection in list(self._connections):
                     self._hang_up(connection)
@@ -87,3 +85,16 @@ class ControlServer:
         connection.close()
         self._connections.discard(connection)
         self._holders.discard(connection)
+
+
+def _bind(listener: socket.socket, folder: Path) -> Path:
+    path: Path | None = None
+    try:
+        path = socket_path(folder)
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        listener.listen(16)
+    except OSError as exc:
+        where = path.parent if path is not None else temporary_folder()
+        raise disk_error(exc, where=where, elsewhere="set TMPDIR to another folder") from exc
+    return path

@@ -25,6 +25,7 @@ from calm_ray.peers.doctor_checks import Check, crashed, from_error, words_of, w
 from calm_ray.peers.doctor_helper import Findings, Task, run_helper
 from calm_ray.peers.doctor_peer import judge_device, judge_identity, judge_networking, judge_port, nothing_said
 from calm_ray.peers.doctor_swarm import judge_addresses, judge_clock, judge_reach, judge_version
+from calm_ray.peers.spec import IDENTITY_FILE
 from calm_ray.swarm.addresses import check_listen, parse_address
 from calm_ray.swarm.probing import AddressFacts, knock, place_of
 
@@ -144,7 +145,7 @@ class Examination:
         if self._is_done(self._folder) and self._folder.exception() is None:
             has_identity = self._folder.result().has_identity
         task = Task(
-            peer=self._peer, identity=subject.folder / "identity.key" if has_identity else None,
+            peer=self._peer, identity=subject.folder / IDENTITY_FILE if has_identity else None,
             listen=self._listen() if is_port_free else "/ip4/127.0.0.1/tcp/0", should_dial_back=is_port_free,
             invite=subject.invite.encode() if subject.invite else None,
             addresses=tuple(facts for facts in addresses if not facts.problem),

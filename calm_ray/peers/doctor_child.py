@@ -5,7 +5,6 @@ with the daemons that it started, when the doctor does.
 """
 
 import asyncio
-import ctypes
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from calm_ray.invite import Invite, decode_invite
 from calm_ray.peers.doctor_checks import REINSTALL, words_of
 from calm_ray.peers.doctor_helper import Line, Networking, Task
 from calm_ray.peers.doctor_peer import DeviceFacts
+from calm_ray.peers.parent import death_signal
 from calm_ray.swarm.probing import AddressFacts
 
 DEVICE_SECONDS = 25.0
@@ -151,8 +151,7 @@ def _end_with_the_doctor(limit_seconds: float) -> None:
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, end)
     signal.setitimer(signal.ITIMER_REAL, limit_seconds + 5)
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+    death_signal()()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from calm_ray.peers.doctor_checks import GB, REINSTALL, Check, size
+from calm_ray.peers.endings import DISK_TROUBLE
 from calm_ray.peers.spec import NUM_FILES
 
 PYTHONS = ((3, 11), (3, 13))
@@ -131,9 +132,7 @@ def judge_space(
 ) -> Check:  # fmt: skip
     """`elsewhere` tells how to use another folder, such as "choose another --folder"."""
     cures = {
-        errno.ENOSPC: ("the disk is full", "delete what you no longer need"),
-        errno.EDQUOT: ("your quota is used up", "delete what you no longer need"),
-        errno.EROFS: ("the disk is read-only", "mount it writable"),
+        **DISK_TROUBLE,
         errno.EACCES: ("you may not write there", "make it yours (chown)"),
         errno.EPERM: ("you may not write there", "make it yours (chown)"),
     }

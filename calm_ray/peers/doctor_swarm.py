@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from calm_ray.peers.doctor_checks import Check, from_error, size
 from calm_ray.peers.doctor_machine import SystemFacts
-from calm_ray.swarm.clock_offset import MAX_OFFSET_SECONDS, ClockOffset
+from calm_ray.swarm.clock_offset import MAX_OFFSET_SECONDS, ClockOffset, how_to_sync
 from calm_ray.swarm.probing import AddressFacts, ReachFacts
 
 SOME_OFFSET_SECONDS = 1.0
 """A clock that is so far off today will be beyond the limit some day."""
+REFUSED_SECONDS = 30.0
+"""`vigil.MAX_CLOCK_SECONDS`, from which on `join` refuses; its module would load hivemind."""
 ASK = "ask the organiser whether the run is up or has a newer invite"
 
 
@@ -102,24 +104,19 @@ def judge_clock(offset: ClockOffset | None, *, system: SystemFacts) -> Check:
         margin = f", give or take {offset.error_seconds:.1f} s" if offset.error_seconds >= 0.1 else ""
         direction = "ahead of" if seconds > 0 else "behind"
         found = f"{abs(seconds):.1f} s {direction} {offset.num_desks} bootstrap {peers}{margin}"
-    if offset.exceeds(MAX_OFFSET_SECONDS) and offset.is_agreed:
-        found += f"; the swarm takes up to {MAX_OFFSET_SECONDS:.0f} s"
-        return Check(name="clock", verdict="fail", found=found, remedy=_how_to_sync(system))
+    remedy = how_to_sync(platform=system.platform, is_wsl=system.is_wsl)
+    if offset.exceeds(REFUSED_SECONDS) and offset.is_agreed:
+        found += f"; from {REFUSED_SECONDS:.0f} s on nobody can take part"
+        return Check(name="clock", verdict="fail", found=found, remedy=remedy)
     if not offset.is_agreed:
         remedy = "compare this machine's clock with a phone's; if it is right, tell the organiser"
         found = "the bootstrap peers do not agree with each other on the time"
         return Check(name="clock", verdict="warn", found=found, remedy=remedy)
+    if offset.exceeds(MAX_OFFSET_SECONDS):
+        found += f"; a swarm's clocks should agree within {MAX_OFFSET_SECONDS:.0f} s"
     if offset.exceeds(SOME_OFFSET_SECONDS):
-        return Check(name="clock", verdict="warn", found=found, remedy=_how_to_sync(system))
+        return Check(name="clock", verdict="warn", found=found, remedy=remedy)
     return Check(name="clock", verdict="ok", found=found)
-
-
-def _how_to_sync(system: SystemFacts) -> str:
-    if system.platform == "darwin":
-        return 'set it by the network: System Settings, "Date & Time", or run `sudo sntp -sS time.apple.com`'
-    if system.is_wsl:
-        return "set it by the computer's clock: run `sudo hwclock -s`, or `wsl --shutdown` in PowerShell and come back"
-    return "set it by the network: run `sudo timedatectl set-ntp true`; for a container, on the machine that runs it"
 
 
 def judge_reach(reach: ReachFacts | None) -> Check:

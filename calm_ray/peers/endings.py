@@ -4,12 +4,12 @@ import contextlib
 import errno
 import signal
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from calm_ray.errors import (
+    CalmRayError,
     CheckpointRejected,
     ConfigError,
     DiskTrouble,
@@ -20,7 +20,7 @@ from calm_ray.errors import (
 )
 from calm_ray.peers.budget import Cause, write_atomically
 from calm_ray.peers.spec import PeerSpec
-from calm_ray.peers.status import PeerStatus
+from calm_ray.peers.status import PeerStatus, read_status
 
 STATUS_FILE, PARKED_LOG = "status.json", "parked.log"
 NUM_LAST_LINES = 50
@@ -45,6 +45,11 @@ class Ending:
     why: str = ""
 
 
+def cause_of(exit_code: int) -> Cause:
+    """Of a peer that ended by itself with an error, or of a CalmRayError by its `exit_code`."""
+    return _CAUSES.get(exit_code, "crashed")
+
+
 def ending_of(code: int, *, error: str, verdict: tuple[Cause, str] | None, num_oom_kills: int) -> Ending:
     """`code`: as `Popen.returncode`; `error`: the child's last word; `verdict`: why the watchdog ended it, if it did;
     `num_oom_kills`: on this machine while it ran."""
@@ -53,7 +58,7 @@ def ending_of(code: int, *, error: str, verdict: tuple[Cause, str] | None, num_o
     if code == 0:
         return Ending(exit_code=0, cause=None)
     if code > 0:
-        return Ending(exit_code=code, cause=_CAUSES.get(code, "crashed"), why=error or f"ended with code {code}")
+        return Ending(exit_code=code, cause=cause_of(code), why=error or f"ended with code {code}")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     why = f"killed by {name}"
     if code == -signal.SIGKILL and num_oom_kills:
@@ -64,22 +69,37 @@ def ending_of(code: int, *, error: str, verdict: tuple[Cause, str] | None, num_o
     return Ending(exit_code=128 - code, cause="killed", why=why)
 
 
-_DISK_WORDS = {
-    errno.ENOSPC: "the disk is full: free some space, or choose another --folder",
-    errno.EDQUOT: "your quota on this disk is used up: free some space, or choose another --folder",
-    errno.EROFS: "the disk is read-only: choose another --folder",
+DISK_TROUBLE: Mapping[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", "delete what you no longer need"),
+    errno.EDQUOT: ("your quota is used up", "delete what you no longer need"),
+    errno.EROFS: ("the disk is read-only", "mount it writable"),
 }
-
-
-def disk_words(exc: OSError) -> str:
-    """What happened on a disk, and what to do about it."""
-    where = f" ({exc.filename})" if exc.filename else ""
-    return _DISK_WORDS.get(exc.errno or 0, f"{exc.strerror or exc}{where}; choose another --folder, which you own")
+"""What happened, and what to do: the same will work once that is done."""
 
 
 def is_disk_trouble(exc: OSError) -> bool:
     """Whether the same will work once somebody has made room."""
-    return exc.errno in _DISK_WORDS
+    return exc.errno in DISK_TROUBLE
+
+
+def disk_words(exc: OSError, *, elsewhere: str = "choose another --folder") -> str:
+    """What happened on a disk, and what to do about it."""
+    what, cure = DISK_TROUBLE.get(exc.errno or 0, ("", ""))
+    if what:
+        return f"{what}; {cure}, or {elsewhere}"
+    where = f" ({exc.filename})" if exc.filename else ""
+    return f"{exc.strerror or exc}{where}; {elsewhere}, which you own"
+
+
+def disk_error(exc: OSError, *, where: Path, elsewhere: str = "choose another --folder") -> CalmRayError:
+    """One of ours for what a disk did: it is waited out, or a person has to choose another place."""
+    kind = DiskTrouble if is_disk_trouble(exc) else ConfigError
+    return kind(f"{where}: {disk_words(exc, elsewhere=elsewhere)}")
+
+
+def process_words(exc: OSError) -> str:
+    """Why the system gave us no new process, and what to do about it."""
+    return f"this machine gives no new process: {exc.strerror or exc}; close other programs, or raise `ulimit -u`"
 
 
 def remember(folder: Path, status: PeerStatus) -> None:
@@ -97,8 +117,8 @@ def forget(folder: Path) -> None:
 def last_status(folder: Path) -> PeerStatus | None:
     """What the peer in `folder` said last, if it has left."""
     try:
-        return PeerStatus.model_validate_json((folder / STATUS_FILE).read_bytes())
-    except (OSError, ValidationError):
+        return read_status((folder / STATUS_FILE).read_bytes())
+    except (OSError, ValueError):
         return None
 
 

@@ -2,9 +2,13 @@
 
 The desk of an auxiliary peer is asked first. If the invite's addresses are all dead, the swarm may still train: a peer
 that has been there before has the verified bundle on disk, and knows other peers.
+
+A run's first peer has the bundle from the start, and asks nobody. But it may have been there before, and find nobody
+because its line is cut. Rejected: to begin anew at once, for newcomers on its side would then train a second model.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +17,20 @@ from calm_ray.bundle import open_bundle
 from calm_ray.config import RunTable
 from calm_ray.errors import ConfigError, SwarmUnreachable
 from calm_ray.invite import Invite, decode_invite
+from calm_ray.peers.control import socket_path
 from calm_ray.peers.known import KnownPeers, listen_with_port, load_known
 from calm_ray.peers.spec import PeerSpec
-from calm_ray.swarm.addresses import parse_address
-from calm_ray.swarm.node import NodeOptions, Swarm
+from calm_ray.swarm.addresses import all_refuse, parse_address, peer_at
+from calm_ray.swarm.hygiene import place_sockets
+from calm_ray.swarm.node import NobodyThere, NodeOptions, Swarm
 from calm_ray.swarm.reception import Reception, receive
+from calm_ray.swarm.reconnect import reconnect
 
 logger = logging.getLogger(__name__)
+
+ALONE_SECONDS, RETRY_SECONDS = 120.0, 10.0
+"""Who knew others and finds none of them waits so long: longer than a router takes to start, shorter than an organiser
+wants to wait for a run whose volunteers have switched off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +41,7 @@ class Entry:
     run: RunTable
     bundle: Path
     is_first: bool
-    """Nobody was there to join: we are the swarm's first peer."""
+    """Nobody was there to join: we are the swarm's first peer, or its last."""
     is_client_mode: bool
     former: KnownPeers
     """What the peer's last life had left."""
@@ -42,9 +53,10 @@ class Entry:
 
 def enter(spec: PeerSpec, *, say: Callable[[str], None]) -> Entry:
     """Become a member of the DHT. Blocks. Raises the errors of `receive` and `Swarm.join`."""
+    place_sockets(socket_path(spec.folder).with_suffix(""))  # the watchdog holds the folder's lock, and has swept
     former = load_known(spec.folder)
     if spec.bundle is not None:
-        return _enter_with_bundle(spec, spec.bundle, former)
+        return _enter_with_bundle(spec, spec.bundle, former, say)
     assert spec.invite is not None
     invite = decode_invite(spec.invite)
     peers = invite.addresses
@@ -68,7 +80,7 @@ def enter(spec: PeerSpec, *, say: Callable[[str], None]) -> Entry:
     return _entry(swarm, run, reception.bundle, options, former, invite.addresses, is_first=False)
 
 
-def _enter_with_bundle(spec: PeerSpec, bundle: Path, former: KnownPeers) -> Entry:
+def _enter_with_bundle(spec: PeerSpec, bundle: Path, former: KnownPeers, say: Callable[[str], None]) -> Entry:
     _, run = open_bundle(bundle)
     peers = former.live()
     options = NodeOptions(
@@ -77,12 +89,41 @@ def _enter_with_bundle(spec: PeerSpec, bundle: Path, former: KnownPeers) -> Entr
     )  # fmt: skip
     try:
         swarm = Swarm.join(run.run_id, initial_peers=peers, options=options)
-    except SwarmUnreachable:
-        if not peers:
-            raise
-        peers = ()  # somebody else has those addresses now
+    except NobodyThere as exc:  # somebody else has those addresses now
+        logger.warning("%s", exc)
+        peers = ()
         swarm = Swarm.join(run.run_id, initial_peers=(), options=options)
-    return _entry(swarm, run, bundle, options, former, (), is_first=not peers)
+    is_first = not peers and not _find_company(swarm, former.addresses, say=say)
+    return _entry(swarm, run, bundle, options, former, (), is_first=is_first)
+
+
+def _find_company(swarm: Swarm, addresses: tuple[str, ...], *, say: Callable[[str], None]) -> bool:
+    """Whether one of those that we knew is there, or comes to us: our DHT node is up meanwhile, where it always was.
+
+    Gives up at once if each of them refuses, for then the line is fine and they have gone; else after ALONE_SECONDS.
+    """
+    others = [address for address in addresses if peer_at(address) != swarm.peer_id]
+    deadline = time.monotonic() + ALONE_SECONDS
+    while others and (left := deadline - time.monotonic()) > 0:
+        if reconnect(swarm, others):
+            return True
+        if all_refuse(others):
+            return False
+        say(alone_words(len(others), left))
+        time.sleep(RETRY_SECONDS)
+    return False
+
+
+def alone_words(num_known: int, seconds_left: float) -> str:
+    """For somebody whose line is cut, or whose swarm has gone."""
+    nobody = "the one peer that it knew does not answer" if num_known == 1 else (
+        f"none of the {num_known} peers that it knew answers"
+    )  # fmt: skip
+    return (
+        f"cut off, or the last one: {nobody}; trying again, and going on alone in "
+        f"{max(1, round(seconds_left / 60))} min (check this machine's network; without known-peers.json in its folder "
+        "it does not wait)"
+    )
 
 
 def _entry(

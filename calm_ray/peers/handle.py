@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import psutil
 
 from calm_ray.code import code_hash
 from calm_ray.errors import CalmRayError
-from calm_ray.peers.control import ControlClient
-from calm_ray.peers.endings import last_status
+from calm_ray.peers.control import ControlClient, ask
+from calm_ray.peers.endings import disk_error, last_status, process_words
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
 
@@ -38,26 +39,25 @@ class PeerHandle:
     def start(self, *, config_hash: str = "") -> None:
         """Take the lease of the peer that runs in this folder, or start one. `config_hash`: of the run, if known.
 
-        CalmRayError with the end of its output if it does not come up; or with the difference if what runs there is
-        another role, code or run.
+        CalmRayError with the end of its output if it does not come up, and with its exit code; or with the difference
+        if what runs there is another role, code or run. DiskTrouble or ConfigError if its folder cannot be written.
         """
-        self.is_adopted = self._adopt(config_hash)
-        if self.is_adopted:
-            return
-        self.spec.folder.mkdir(parents=True, exist_ok=True)
+        self.is_adopted = False
+        if (there := ask(self.spec.folder)) is not None:
+            self._require_ours(there, config_hash)  # before we hold it: an orphan of others keeps its hour
+            if self._hold():
+                self.is_adopted = True
+                return
+        self._try_folder()
         pid = self._launch()
         deadline = time.monotonic() + START_SECONDS
         while not self._hold():
-            if not psutil.pid_exists(pid) or time.monotonic() > deadline:
-                last = last_status(self.spec.folder)
-                said = last.error if last is not None and last.error else _tail(self._output)
-                raise CalmRayError(f"peer in {self.spec.folder} did not start: {said}")
+            if not _is_there(pid) or time.monotonic() > deadline:
+                raise self._did_not_start(pid)
             time.sleep(POLL_SECONDS)
 
-    def _adopt(self, config_hash: str) -> bool:
-        if not self._hold():
-            return False
-        there, spec = self._last, self.spec
+    def _require_ours(self, there: PeerStatus, config_hash: str) -> None:
+        spec = self.spec
         differences = [
             f"{name}: {runs}, wanted {wanted}"
             for name, runs, wanted in (
@@ -66,9 +66,24 @@ class PeerHandle:
             ) if runs != wanted
         ]  # fmt: skip
         if differences:
-            self.abandon()
             raise CalmRayError(f"{spec.folder}: another peer runs there (pid {there.pid}): {', '.join(differences)}")
-        return True
+
+    def _try_folder(self) -> None:
+        """Say here what a watchdog could only say into this folder."""
+        try:
+            self.spec.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.spec.folder, buffering=0) as file:
+                file.write(b"x")
+        except OSError as exc:
+            raise disk_error(exc, where=self.spec.folder) from exc
+
+    def _did_not_start(self, pid: int) -> CalmRayError:
+        last = last_status(self.spec.folder)
+        if last is None or last.pid != pid:  # of an earlier one
+            return CalmRayError(f"peer in {self.spec.folder} did not start: {_tail(self._output)}")
+        error = CalmRayError(f"peer in {self.spec.folder} did not start: {last.error or _tail(self._output)}")
+        error.exit_code = last.exit_code or error.exit_code
+        return error
 
     @property
     def _output(self) -> Path:
@@ -79,10 +94,13 @@ class PeerHandle:
             sys.executable, "-m", "calm_ray.peers.launch", str(self._output), "peer",
             "--spec", self.spec.model_dump_json(),
         ]  # fmt: skip
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-            env={**os.environ, **self._environment},
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+                env={**os.environ, **self._environment},
+            )  # fmt: skip
+        except OSError as exc:  # no memory, or no process left
+            raise CalmRayError(f"peer in {self.spec.folder} did not start: {process_words(exc)}") from exc
         if done.returncode:
             raise CalmRayError(f"peer in {self.spec.folder} did not start: {done.stderr.strip()[-500:]}")
         return int(done.stdout)
@@ -170,6 +188,15 @@ def is_running(process: psutil.Process) -> bool:
         return False
 
 
+def _is_there(pid: int) -> bool:
+    try:
+        return is_running(psutil.Process(pid))
+    except psutil.Error:
+        return False
+
+
 def _tail(path: Path, *, num_bytes: int = 2000, default: str = "it printed nothing") -> str:
-    data = path.read_bytes()[-num_bytes:] if path.exists() else b""
+    data = b""
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()[-num_bytes:]
     return data.decode(errors="replace").strip() or default

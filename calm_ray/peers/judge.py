@@ -45,13 +45,7 @@ class Judge:
         self._started_at = self._looked_at = now
         self._told_at = float("-inf")
         self._seen: dict[str, _Seen] = {}
-        self._first: dict[str, int] = {}
         self._pulses: Mapping[str, Pulse] = {}
-
-    @property
-    def has_worked(self) -> bool:
-        """Whether anything that it counts has grown since it first told us."""
-        return any(seen.count > self._first[name] for name, seen in self._seen.items())
 
     def note(self, pulses: Mapping[str, Pulse], *, now: float) -> None:
         """The child has said something."""
@@ -61,7 +55,6 @@ class Judge:
             seen = self._seen.get(name)
             if seen is None or seen.count != pulse.count:
                 self._seen[name] = _Seen(pulse.count, now)
-            self._first.setdefault(name, pulse.count)
         for name in self._seen.keys() - pulses.keys():
             del self._seen[name]  # in this state nobody expects it; it begins anew when it comes back
 

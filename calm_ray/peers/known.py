@@ -2,21 +2,21 @@
 
 An auxiliary peer has no invite, for it is what invites name: without this it would come back as a swarm of its own, on
 another port. Everyone else has one, and its addresses may all be gone by then, while the swarm trains on.
+
+Light: whoever starts peers writes here as well.
 """
 
-import logging
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from calm_ray.checkpoint.files import replace_file
 from calm_ray.errors import ConfigError, SwarmUnreachable
-from calm_ray.swarm.addresses import check_listen, live_addresses
+from calm_ray.peers.budget import write_atomically
+from calm_ray.peers.spec import KNOWN_FILE
+from calm_ray.swarm.addresses import check_listen, live_addresses, peer_at
 
-logger = logging.getLogger(__name__)
-
-FILE_NAME = "known-peers.json"
 MAX_KEPT = 32
 PROBE_SECONDS = 2.0
 
@@ -30,8 +30,13 @@ class KnownPeers(BaseModel):
     """Where we listened, with the port that we got."""
     announce: tuple[str, ...] = Field(default=(), max_length=MAX_KEPT)
     is_client_mode: bool = True
-    addresses: tuple[str, ...] = Field(default=(), max_length=MAX_KEPT)
-    """Full peers that we were connected to."""
+    addresses: tuple[str, ...] = ()
+    """Full peers that can be dialled, the most useful first; MAX_KEPT at most, and what is no address is dropped."""
+
+    @field_validator("addresses")
+    @classmethod
+    def _keep_what_can_be_dialled(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(text for text in dict.fromkeys(addresses) if peer_at(text))[:MAX_KEPT]
 
     def free_listen(self, wanted: str) -> str:
         """Where to listen: on the port that we had, if `wanted` leaves it open and nobody else has it now."""
@@ -44,27 +49,43 @@ class KnownPeers(BaseModel):
         return self.listen
 
     def live(self) -> tuple[str, ...]:
-        """Those that accept connections now; none if nobody does: we are then the first."""
+        """Those that accept connections now."""
         try:
             return tuple(live_addresses(self.addresses, timeout_seconds=PROBE_SECONDS)) if self.addresses else ()
-        except (SwarmUnreachable, ValueError):
+        except SwarmUnreachable:
             return ()
 
 
 def load_known(folder: Path) -> KnownPeers:
     """What was saved in `folder`, or nothing: it only helps."""
     try:
-        return KnownPeers.model_validate_json((folder / FILE_NAME).read_bytes())
+        return KnownPeers.model_validate_json((folder / KNOWN_FILE).read_bytes())
     except (OSError, ValidationError):
         return KnownPeers()
 
 
 def save_known(folder: Path, known: KnownPeers) -> None:
-    """Replace what was saved; an unwritable disk is only logged."""
-    try:
-        replace_file(folder / FILE_NAME, known.model_dump_json().encode())
-    except OSError as exc:
-        logger.warning("known peers not saved: %s", exc)
+    """Replace what was saved; an unwritable disk leaves it as it was, and is told elsewhere."""
+    write_atomically(folder / KNOWN_FILE, known.model_dump_json())
+
+
+def remember(folder: Path, addresses: Sequence[str]) -> None:
+    """Tell the peer that will start in `folder` of others, besides those that it knew itself. As `save_known`."""
+    known = load_known(folder)
+    merged = one_each([*addresses, *known.addresses])
+    if merged != known.addresses:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_known(folder, KnownPeers(**known.model_dump() | {"addresses": merged}))
+
+
+def one_each(addresses: Iterable[str]) -> tuple[str, ...]:
+    """The first address of each peer, MAX_KEPT at most: old ones of those who moved would crowd out the others."""
+    found: dict[str, str] = {}
+    for text in addresses:
+        if peer := peer_at(text):
+            found.setdefault(peer, text)
+    return tuple(found.values())[:MAX_KEPT]
 
 
 def listen_with_port(listen: str, addresses: Sequence[str]) -> str:

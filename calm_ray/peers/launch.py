@@ -9,12 +9,15 @@ import sys
 
 
 def main(output: str, arguments: list[str]) -> None:
-    pid = os.fork()  # one thread, nothing heavy imported
+    try:
+        null, file = os.open(os.devnull, os.O_RDWR), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        pid = os.fork()  # one thread, nothing heavy imported
+    except OSError as exc:
+        sys.exit(f"{exc.filename or 'no new process'}: {exc.strerror}")
     if pid:
         sys.stdout.write(f"{pid}\n")
         return
     os.setsid()
-    null, file = os.open(os.devnull, os.O_RDWR), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for target, source in ((0, null), (1, file), (2, file)):  # a file, not a pipe: an orphan would hang its reader
         os.dup2(source, target)
     os.execv(sys.executable, [sys.executable, "-m", "calm_ray", *arguments])

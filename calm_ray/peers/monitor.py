@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from calm_ray.errors import CalmRayError, SwarmUnreachable
 from calm_ray.observe.ingest import rows_of
 from calm_ray.observe.keeper import FeedKeeper
-from calm_ray.peers.context import PeerContext
+from calm_ray.peers.context import PeerContext, reports_allowance
+from calm_ray.peers.endings import disk_words
 from calm_ray.peers.judge import Pulse
 from calm_ray.peers.spec import CheckpointSpec
 from calm_ray.summary import SummaryLimits, SwarmSummary, summarise
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-READING_SECONDS = 300.0
-"""Without one reading of the swarm's reports, this process is not what is needed."""
 RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 300.0
 """Between two tries to get a checkpoint's state, which cost a donor the state's bytes: doubled each time."""
 DOWNLOAD_SECONDS = 600.0
@@ -39,9 +38,10 @@ def run(context: PeerContext) -> None:
     epoch = 0
     previous: SwarmSummary | None = None
     num_readings = 0
+    allowance = reports_allowance(table.report_seconds)  # without one reading, this process is not what is needed
     context.report_with(
         lambda: {"epoch": epoch},
-        pulses=lambda: {"readings": Pulse(count=num_readings, allowance_seconds=READING_SECONDS)},
+        pulses=lambda: {"readings": Pulse(count=num_readings, allowance_seconds=allowance)},
     )
     context.tell("watching")
     warn = partial(context.warn, "feed")
@@ -100,6 +100,8 @@ class Checkpointer:
             self._last_epoch, self.last_path = pending.result()
         except CalmRayError as exc:
             self._try_later(str(exc))
+        except OSError as exc:
+            self._try_later(disk_words(exc, elsewhere="choose another folder for checkpoints"))
         except Exception as exc:
             logger.exception("checkpoint not written")
             self._try_later(f"{type(exc).__name__}: {exc}")

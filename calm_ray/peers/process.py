@@ -1,7 +1,6 @@
 """The child process that does a peer's work, as its watchdog handles it: start, listen, dump, end, reap."""
 
 import contextlib
-import ctypes
 import os
 import selectors
 import signal
@@ -10,7 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import IO
 
-from calm_ray.peers.lines import LineBuffer
+from calm_ray.peers.control import LineBuffer
+from calm_ray.peers.parent import death_signal
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.vitals import marked
 
@@ -33,7 +33,7 @@ class ChildProcess:
         try:
             self._popen = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                pass_fds=(write_end,), start_new_session=True, preexec_fn=_die_with_parent(), env=marked(spec.folder),
+                pass_fds=(write_end,), start_new_session=True, preexec_fn=death_signal(), env=marked(spec.folder),
             )  # fmt: skip
         except BaseException:
             os.close(read_end)
@@ -100,10 +100,3 @@ class ChildProcess:
             return bool(data)
 
         self._selector.register(file, selectors.EVENT_READ, read)
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG

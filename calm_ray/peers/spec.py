@@ -12,6 +12,9 @@ from calm_ray.tables import Table
 NUM_FILES = 16384
 """Open files. CALM's README: 1024, the usual limit, ends in "too many open files" with some dozens of peers."""
 
+IDENTITY_FILE, KNOWN_FILE = "identity.key", "known-peers.json"
+"""In a peer's folder; of the second, see `known.py`."""
+
 Reach = Literal["auto", "client", "public"]
 
 
@@ -61,7 +64,11 @@ class PeerSpec(Table):
 
     @property
     def identity_path(self) -> Path:
-        return self.folder / "identity.key"
+        return self.folder / IDENTITY_FILE
+
+    @property
+    def known_path(self) -> Path:
+        return self.folder / KNOWN_FILE
 
     @property
     def log_path(self) -> Path:

@@ -1,6 +1,8 @@
 """What a peer says about itself on its machine: one JSON line at a time, child to watchdog to whoever asks."""
 
-from pydantic import BaseModel, ConfigDict
+import json
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from calm_ray.peers.budget import Cause
 from calm_ray.peers.judge import Pulse
@@ -50,3 +52,22 @@ class PeerStatus(BaseModel):
     """Of the calm_ray that runs here."""
     memory_bytes: int = 0
     """Of the peer's processes together."""
+
+    is_other_version: bool = False
+    """Our own note: who said this is another version of calm-ray, and what we did not understand is left out."""
+
+
+def read_status(data: bytes) -> PeerStatus:
+    """A peer's status as it was told or written down, by any version. ValueError if it is none at all.
+
+    Without this, whoever updates calm-ray while a peer runs could neither see that peer nor end it.
+    """
+    try:
+        return PeerStatus.model_validate_json(data)
+    except ValidationError as exc:
+        told = json.loads(data)
+        strange = {error["loc"][0] for error in exc.errors() if error["loc"]}
+    if not isinstance(told, dict):
+        raise ValueError("a status is a JSON object")
+    known = {name: value for name, value in told.items() if name not in strange}
+    return PeerStatus.model_validate_json(json.dumps({**known, "is_other_version": True}))

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,6 @@ MARK = "CALM_RAY_PEER_FOLDER"
 """Name of the environment variable. hivemind's DHT process and p2pd inherit it."""
 TERM_SECONDS, KILL_SECONDS = 8.0, 2.0
 """For what an earlier watchdog left: a child that was told to leave may be on its way out."""
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _VMSTAT = Path("/proc/vmstat")
 
 
@@ -41,12 +41,36 @@ def memory_of(session: int) -> int:
     return total
 
 
-def memory_limit() -> int:
+def memory_limit(root: Path = Path("/")) -> int:
     """Bytes of this machine, or of the container that we are in."""
-    total = int(psutil.virtual_memory().total)
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in control_groups(root))])
+
+
+def control_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """(limit, what is left of it) of our control group and those above it, version 2 or 1. Cache counts as left."""
     with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(_CGROUP_LIMIT.read_text()))
-    return total
+        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        for _, controllers, path in lines:
+            if controllers not in ("", "memory"):
+                continue
+            top = root / "sys/fs/cgroup" / controllers
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                if controllers
+                else ("memory.max", "memory.current", "inactive_file")
+            )
+            own = top / path.strip("/")  # inside a container this may be the host's path, and not be there
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(top):
+                    with contextlib.suppress(OSError, ValueError):
+                        yield _limit_and_left(folder, *names)
+
+
+def _limit_and_left(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> tuple[int, int]:
+    limit = int((folder / limit_name).read_text())  # "max" is no limit: ValueError
+    usage = int((folder / usage_name).read_text())
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return limit, max(0, limit - usage + int(stat.get(cache_name, 0)))
 
 
 def num_oom_kills() -> int:

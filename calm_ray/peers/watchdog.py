@@ -7,25 +7,24 @@ at the start, once the folder's lock is ours.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import random
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 from pydantic import ValidationError
 
 from calm_ray.code import code_hash
-from calm_ray.errors import CalmRayError, ConfigError
+from calm_ray.errors import CalmRayError
 from calm_ray.peers import endings
-from calm_ray.peers.budget import Cause, Failure, LedgerFile, decide
+from calm_ray.peers.budget import Cause, Failure, LedgerFile
 from calm_ray.peers.control_server import ControlServer
 from calm_ray.peers.endings import Ending
 from calm_ray.peers.judge import Judge
+from calm_ray.peers.lock import exclusive
 from calm_ray.peers.log import RotatingLog
 from calm_ray.peers.process import ChildProcess
 from calm_ray.peers.spec import PeerSpec
@@ -75,28 +74,38 @@ class Watchdog:
         with contextlib.ExitStack() as stack:
             try:
                 spec.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_exclusive(spec.folder))
+                stack.enter_context(exclusive(spec.folder))
                 self._log = stack.enter_context(RotatingLog(spec.log_path))
             except OSError as exc:
-                raise ConfigError(f"{spec.folder}: {endings.disk_words(exc)}") from exc
-            endings.forget(spec.folder)
+                raise endings.disk_error(exc, where=spec.folder) from exc
             self._ledger = LedgerFile(spec.folder)
             if not spec.has_lease:
                 self._ledger.keep(self._ledger.ledger.pardoned())
             elif self._ledger.ledger.is_parked(now=time.time()):
                 raise CalmRayError(f"{spec.folder}: parked: {self._ledger.ledger.parked_why}; log: {spec.log_path}")
+            endings.forget(spec.folder)
             if swept := sweep(spec.folder):
                 self._say(f"ended what an earlier crash had left: {', '.join(swept)}")
-            self._preflight()
-            stack.enter_context(self._control.listening(spec.folder))
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, lambda *_: self.leave())
-            if spec.has_lease:
-                self._lease_deadline = time.monotonic() + FIRST_LEASE_SECONDS
             try:
+                self._preflight()
+                stack.enter_context(self._control.listening(spec.folder))
+                self._listen_to_signals()
+                if spec.has_lease:
+                    self._lease_deadline = time.monotonic() + FIRST_LEASE_SECONDS
                 return self._run_until_left()
+            except CalmRayError as exc:
+                self.status = self._base.model_copy(
+                    update={"state": "left", "error": str(exc), "exit_code": exc.exit_code}
+                )
+                raise
             finally:
                 endings.remember(spec.folder, self.status)
+
+    def _listen_to_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: it outlives its terminal
+            signal.signal(number, lambda *_: self.leave())
 
     def leave(self) -> None:
         """Ask the child to go; it is killed if it has not gone in LEAVE_SECONDS."""
@@ -112,15 +121,13 @@ class Watchdog:
                 self._update(state="left", exit_code=ending.exit_code)
                 return 0 if self._leave_at is not None else ending.exit_code
             now = time.time()
-            failure = Failure(at=now, cause=ending.cause, why=ending.why, has_worked=self._judge.has_worked)
-            ledger = self._ledger.ledger.with_failure(failure)
-            decision = decide(ledger.failures, now=now)
+            has_worked = self.status.last_success_at is not None
+            failure = Failure(at=now, cause=ending.cause, why=ending.why, has_worked=has_worked)
+            decision = self._ledger.record(failure, now=now)
             if decision.park:
-                self._ledger.keep(ledger.parked(decision.park, now=now))
                 endings.keep_last_lines(self._spec)
                 self._update(state="parked", error=decision.park, exit_code=ending.exit_code)
                 return ending.exit_code
-            self._ledger.keep(ledger.with_restart(ending.cause))
             pause = decision.pause_seconds * random.uniform(0.5, 1.0)
             self.status = self._base.model_copy(update={"num_restarts": self.status.num_restarts + 1})
             self._update(
@@ -129,13 +136,17 @@ class Watchdog:
             )  # fmt: skip
             self._pause(pause)
             if self._leave_at is not None:
+                self._update(state="left", exit_code=0)
                 return 0
 
     def _run_child(self) -> Ending:
         self._judge, self._verdict = Judge(now=time.monotonic()), None
         oom_kills = num_oom_kills()
-        child = ChildProcess(self._spec, self._selector, on_output=lambda data: self._log.write(data),
-                             on_line=self._on_line)  # fmt: skip
+        try:
+            child = ChildProcess(self._spec, self._selector, on_output=lambda data: self._log.write(data),
+                                 on_line=self._on_line)  # fmt: skip
+        except OSError as exc:  # no memory for one more process
+            return Ending(exit_code=1, cause="crashed", why=endings.process_words(exc))
         self._child = child
         if self._leave_at is not None:  # asked to leave while it was being started
             child.ask_to_leave()
@@ -186,8 +197,6 @@ class Watchdog:
             self._lease_deadline = now + self._spec.orphan_seconds
         elif now > self._lease_deadline:
             self.leave()
-        if self._lease_deadline is not None and not self._spec.orphan_seconds and now > self._lease_deadline:
-            self.leave()
 
     def _look_at_memory(self, child: ChildProcess) -> None:
         used = memory_of(child.pid)
@@ -216,7 +225,8 @@ class Watchdog:
 
     def _tell(self, status: PeerStatus) -> None:
         self.status = status.model_copy(update={"restarts": self._ledger.ledger.restarts})
-        self._on_status(self.status)
+        with contextlib.suppress(OSError):  # whoever reads what we print may be gone: a terminal, a pipe, a full disk
+            self._on_status(self.status)
 
     def _say(self, text: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} watchdog: {text}\n".encode())
@@ -239,21 +249,3 @@ class _Ends:
             self._child.ask_to_leave()
         elif self._asked_at is not None and now > self._asked_at + LEAVE_SECONDS:
             self._child.kill()
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: two processes with one identity are undefined behaviour in libp2p."""
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip()
-            raise ConfigError(
-                f"{folder}: another peer runs here (process {owner or 'unknown'}); stop it, or choose another --folder"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

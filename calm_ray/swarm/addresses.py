@@ -13,7 +13,11 @@ from dataclasses import dataclass
 
 from calm_ray.errors import ConfigError, SwarmUnreachable
 
-_MULTIADDR = re.compile(r"^/(ip4|ip6|dns|dns4|dns6)/([^/]+)/(tcp|udp)/(\d+)(?:/[a-z0-9-]+)*(?:/p2p/(\w+))?$")
+_MULTIADDR = re.compile(
+    r"^/(ip4|ip6|dns|dns4|dns6)/([^/]+)/(tcp|udp)/(\d+)(?:/[a-z0-9-]+)*(?:/p2p/([1-9A-HJ-NP-Za-km-z]+))?$"
+)
+
+REFUSED = "refuses connections: the peer is down or listens elsewhere"
 
 _LISTEN = re.compile(r"^/(ip4|ip6)/([^/]+)/tcp/(\d+)")
 
@@ -55,6 +59,16 @@ def parse_address(text: str) -> Address:
     return Address(text=text, host=match[2], port=int(match[4]), is_tcp=match[3] == "tcp", peer_id=match[5] or "")
 
 
+def peer_at(text: str) -> str:
+    """The peer id in an address that can be dialled by TCP, or nothing: a relayed one cannot, nor what libp2p may say
+    besides. For addresses that a stranger or a file tells."""
+    try:
+        address = parse_address(text)
+    except ValueError:
+        return ""
+    return address.peer_id if address.is_tcp else ""
+
+
 def check_listen(listen: str, announce: Sequence[str]) -> None:
     """Raise ConfigError if `[peer] listen` or `announce` is malformed, or if this machine cannot listen there now."""
     for key, text in (("listen", listen.replace("/tcp/0", "/tcp/1")), *(("announce", text) for text in announce)):
@@ -86,7 +100,7 @@ def probe(address: Address, *, timeout_seconds: float) -> Verdict:
     except TimeoutError:
         problem = f"no answer within {timeout_seconds:.0f} s"
     except ConnectionRefusedError:
-        problem = "refuses connections: the peer is down or listens elsewhere"
+        problem = REFUSED
     except OSError as exc:
         problem = exc.strerror or str(exc)
     return Verdict(address=address, problem=problem)
@@ -94,9 +108,7 @@ def probe(address: Address, *, timeout_seconds: float) -> Verdict:
 
 def live_addresses(addresses: Sequence[str], *, timeout_seconds: float = 5.0) -> list[str]:
     """The addresses that answer, in the given order; SwarmUnreachable with a verdict for each if none does."""
-    parsed = [parse_address(text) for text in addresses]
-    with ThreadPoolExecutor(max_workers=len(parsed)) as pool:
-        verdicts = list(pool.map(lambda a: probe(a, timeout_seconds=timeout_seconds), parsed))
+    verdicts = _probe_all(addresses, timeout_seconds=timeout_seconds)
     live = [verdict.address.text for verdict in verdicts if not verdict.problem]
     if not live:
         raise SwarmUnreachable(
@@ -105,3 +117,14 @@ def live_addresses(addresses: Sequence[str], *, timeout_seconds: float = 5.0) ->
             + ". Check your connection; if it is fine, ask the organiser whether the run is up or has a newer invite"
         )
     return live
+
+
+def all_refuse(addresses: Sequence[str], *, timeout_seconds: float = 2.0) -> bool:
+    """Whether each machine says itself that nobody is there. Silence may as well be our own line's."""
+    return all(verdict.problem == REFUSED for verdict in _probe_all(addresses, timeout_seconds=timeout_seconds))
+
+
+def _probe_all(addresses: Sequence[str], *, timeout_seconds: float) -> list[Verdict]:
+    parsed = [parse_address(text) for text in addresses]
+    with ThreadPoolExecutor(max_workers=len(parsed)) as pool:
+        return list(pool.map(lambda a: probe(a, timeout_seconds=timeout_seconds), parsed))

@@ -122,3 +122,12 @@ def combine(readings: Sequence[ClockReading]) -> ClockOffset | None:
     return ClockOffset(
         offset_seconds=median, error_seconds=error, num_desks=len(readings), num_agreeing=len(near)
     )  # fmt: skip
+
+
+def how_to_sync(*, platform: str, is_wsl: bool) -> str:
+    """What a person does about a clock that is off. `platform`: `sys.platform`."""
+    if platform == "darwin":
+        return 'set it by the network: System Settings, "Date & Time", or run `sudo sntp -sS time.apple.com`'
+    if is_wsl:
+        return "set it by the computer's clock: run `sudo hwclock -s`, or `wsl --shutdown` in PowerShell and come back"
+    return "set it by the network: run `sudo timedatectl set-ntp true`; for a container, on the machine that runs it"

@@ -20,7 +20,7 @@ from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
 from calm_ray.bundle import MANIFEST, SIGNATURE, open_bundle
-from calm_ray.swarm.addresses import parse_address
+from calm_ray.swarm.addresses import parse_address, peer_at
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ MAX_CONCURRENT_DOWNLOADS = 8
 DIAL_TIMEOUT_SECONDS = 8.0
 DIAL_PAUSE_SECONDS = 5.0
 """At most one dial-back per caller's host in this time. Each costs a daemon of about 60 MB for a second."""
-MAX_REMEMBERED_HOSTS = 1024
+MAX_HOSTS, MAX_REMEMBERED_HOSTS = 3, 1024
 
 
 class Desk(ServicerBase):
@@ -80,27 +80,29 @@ class Desk(ServicerBase):
     async def _dial_back(self, port: str, caller: PeerID) -> dict[str, object]:
         if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
             return {"host": "", "is_reachable": False, "reason": "not a port"}
-        host = await self._observed_host(caller)
-        if host is None:
+        hosts = await self._observed_hosts(caller)
+        if not hosts:
             return {"host": "", "is_reachable": False, "reason": "not connected directly"}
         now = time.monotonic()
-        if now - self._dialled_at.get(host, float("-inf")) < DIAL_PAUSE_SECONDS or self._dials.locked():
-            return {"host": host, "is_reachable": False, "reason": "busy"}
-        self._dialled_at[host] = now
+        last = max(self._dialled_at.get(host, float("-inf")) for host in hosts)
+        if now - last < DIAL_PAUSE_SECONDS or self._dials.locked():
+            return {"host": hosts[0], "is_reachable": False, "reason": "busy"}
+        self._dialled_at.update(dict.fromkeys(hosts, now))
         while len(self._dialled_at) > MAX_REMEMBERED_HOSTS:
             self._dialled_at.popitem(last=False)
         async with self._dials:
-            reason = await _try_to_reach(f"/{_family(host)}/{host}/tcp/{port}/p2p/{caller}")
+            tries = (_try_to_reach(f"/{_family(host)}/{host}/tcp/{port}/p2p/{caller}") for host in hosts)
+            found = list(zip(await asyncio.gather(*tries), hosts, strict=True))
+        reason, host = min(found, key=lambda answer: bool(answer[0]))
         return {"host": host, "is_reachable": not reason, "reason": reason}
 
-    async def _observed_host(self, caller: PeerID) -> str | None:
+    async def _observed_hosts(self, caller: PeerID) -> list[str]:
+        """Of one that has moved, the connection from where it was lasts for some time beside the new one."""
         assert self._p2p is not None
-        for peer in await self._p2p.list_peers():
-            if peer.peer_id == caller:
-                for address in map(str, peer.addrs):
-                    if "/p2p-circuit" not in address and "/tcp/" in address:
-                        return parse_address(address).host
-        return None
+        seen = [
+            f"{a}/p2p/{caller}" for peer in await self._p2p.list_peers() if peer.peer_id == caller for a in peer.addrs
+        ]
+        return list(dict.fromkeys(parse_address(text).host for text in seen if peer_at(text)))[:MAX_HOSTS]
 
 
 def _family(host: str) -> str:

@@ -58,4 +58,4 @@ class Doing:
             return "finding the others to average with"
         if self.is_forsaken:
             return "everybody else has fallen silent: waiting for them before going on alone"
-        return {Stage.AVERAGE: "averaging", Stage.CATCH_UP: "others are ahead: catching up"}.get(self.stage, "")
+        return {Stage.AVERAGE: "averaging", Stage.CATCH_UP: "others are ahead: re-syncing"}.get(self.stage, "")

@@ -1,17 +1,37 @@
-"""Leave nothing behind: processes that hivemind forks must die with the process that forked them.
+"""Leave nothing behind: what hivemind starts must die with the process that started it, and so must its sockets.
 
 hivemind forks a DHT process and one per averager; p2pd hangs below the DHT's. After SIGKILL or `os._exit` of their
-owner stock hivemind leaves them running, holding ports and pipes (`tests/integration/test_hygiene.py` shows it).
+owner stock hivemind leaves them running, holding ports and pipes (`tests/integration/test_hygiene.py` shows it), and
+its sockets in /tmp under random names, of which nobody can tell whose they were.
+
+Light: hivemind is imported only where sockets are placed.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_LONGEST_NAME = "-p2pclient-0123456789a.sock"
+MAX_SOCKET_PATH_BYTES = 103
+"""macOS's limit; Linux allows four more."""
 _installed = False
+
+
+def death_signal() -> Callable[[], object]:
+    """What a new process calls to get SIGTERM when the thread that forked it ends: on Linux; elsewhere, nothing.
+
+    Made ready before the fork, for after it nothing may be imported or locked.
+    """
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def bind_children_to_parent() -> None:
@@ -24,13 +44,30 @@ def bind_children_to_parent() -> None:
     if _installed or not sys.platform.startswith("linux"):
         return
     assert threading.current_thread() is threading.main_thread(), "PDEATHSIG follows the forking thread"
-    libc = ctypes.CDLL(None, use_errno=True)  # resolved before the fork: no imports or locks in the child
+    ask = death_signal()
 
     def in_child() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own handler would swallow it
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ask()
         if os.getppid() == 1:  # the parent died between fork and prctl
             os._exit(0)
 
     os.register_at_fork(after_in_child=in_child)
     _installed = True
+
+
+def place_sockets(prefix: Path) -> None:
+    """Remove what is left of sockets named `prefix`-..., and have hivemind name them so from now on, in this process
+    and those it forks. The caller makes sure that nobody alive has that prefix. Too long a path is left to hivemind."""
+    from hivemind.p2p import P2P
+
+    if len(os.fsencode(prefix)) + len(_LONGEST_NAME) <= MAX_SOCKET_PATH_BYTES:
+        sweep_sockets(prefix)
+        P2P._UNIX_SOCKET_PREFIX = f"/unix{prefix.resolve()}-"
+
+
+def sweep_sockets(prefix: Path) -> None:
+    """Remove the sockets that `place_sockets` had placed, once the processes behind them are dead."""
+    for path in prefix.parent.glob(f"{prefix.name}-p2p*.sock"):
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from hivemind.utils import get_dht_time
 
 from calm_ray.errors import ConfigError, SwarmUnreachable
 from calm_ray.report import MAX_REPORT_BYTES
-from calm_ray.swarm.addresses import live_addresses, parse_address
+from calm_ray.swarm.addresses import live_addresses, parse_address, peer_at
 from calm_ray.swarm.codecs import mend_codecs
 from calm_ray.swarm.hygiene import bind_children_to_parent
 from calm_ray.swarm.loop import EventLoopThread
@@ -26,6 +27,8 @@ from calm_ray.swarm.transport import bound_messages
 
 CALL_TIMEOUT_SECONDS = 15.0
 """A DHT call over the internet takes well under a second per hop; past this the DHT process is stuck or dead."""
+_CLOCK_WORDS, _BOOTSTRAP_WORDS = "local time must be within", "failed to connect to bootstrap peers"
+"""Of hivemind's DHTNode and of p2pd: all that they give to tell one trouble from another."""
 WITHDRAWN, WITHDRAW_SECONDS = b"", 2.0
 STARTUP_TIMEOUT_SECONDS = 60.0
 """hivemind's 15 s is the most reported failure of its users: slow machines need longer."""
@@ -36,6 +39,10 @@ agree but for a node that has just come. hivemind asks twenty for either, and wh
 even to those who look where to write."""
 
 T = TypeVar("T")
+
+
+class NobodyThere(SwarmUnreachable):
+    """Somebody accepts connections at the addresses given, and none of them is a peer of the swarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +76,9 @@ class Swarm:
         ensure_identity(options.identity_path)
         peers = live_addresses(initial_peers) if initial_peers else []
         key = load_identity(options.identity_path.read_bytes())
-        try:
-            dht = hivemind.DHT(
+
+        def start(*, strict: bool) -> hivemind.DHT:
+            return hivemind.DHT(
                 initial_peers=peers or None,
                 start=True,
                 client_mode=options.is_client_mode,
@@ -80,9 +88,20 @@ class Swarm:
                 check_if_identity_free=False,  # costs one more connection; the peer's folder is locked anyway
                 record_validators=record_validators(run_id, key),
                 startup_timeout=STARTUP_TIMEOUT_SECONDS,
+                strict=strict,
                 **network_options(options.listen),
             )
+
+        try:
+            try:
+                dht = start(strict=True)
+            except ValidationError as exc:
+                if _CLOCK_WORDS not in str(exc):
+                    raise
+                dht = start(strict=False)  # a clock that is off is told beside the state, or refused: `peers/vigil.py`
         except P2PDaemonError as exc:
+            if _BOOTSTRAP_WORDS in str(exc):
+                raise NobodyThere(f"{', '.join(peers)}: answers, but libp2p cannot connect: {exc}") from exc
             raise SwarmUnreachable(f"libp2p did not start on {options.listen}: {exc}") from exc
         except ValidationError as exc:  # DHTNode.create: a bootstrap peer could not call us back
             raise SwarmUnreachable(
@@ -90,7 +109,7 @@ class Swarm:
                 f"uses its identity, {options.identity_path} ({exc})"
             ) from exc
         except RuntimeError as exc:  # DHTNode.create: bootstrap peers answer on TCP but not as members of a DHT
-            raise SwarmUnreachable(f"{', '.join(peers)}: answers, but not as a peer of this swarm: {exc}") from exc
+            raise NobodyThere(f"{', '.join(peers)}: answers, but not as a peer of this swarm: {exc}") from exc
         return cls(dht, run_id=run_id, identity_path=options.identity_path)
 
     @property
@@ -104,15 +123,23 @@ class Swarm:
     def addresses(self) -> list[str]:
         """Where others can reach this peer, best first: what an invite lists."""
         found = [str(a) for a in self.dht.get_visible_maddrs(latest=True)]
-        return sorted((a for a in found if "/tcp/" in a), key=lambda a: parse_address(a).is_loopback)
+        return sorted(filter(peer_at, found), key=lambda a: parse_address(a).is_loopback)
+
+    def routed_peers(self) -> frozenset[str]:
+        """Ids of the other nodes in our routing table: full peers. SwarmUnreachable if our DHT process is stuck."""
+        return frozenset(self.run_in_dht(_routed_peers))
 
     def neighbours(self) -> list[str]:
-        """Addresses of peers that we are connected to; of one that called us, right only if it listens there, too."""
+        """Addresses of full peers that we are connected to; of one that called us, right only if it calls from where
+        it listens, as libp2p does if it can. Of clients there would be nothing but ports that nobody answers at."""
         try:
+            routed = self.routed_peers()
             found: Any = self.call(lambda p2p: p2p.list_peers(), timeout_seconds=CALL_TIMEOUT_SECONDS)
-        except (TimeoutError, OSError, EOFError):
+        except (SwarmUnreachable, TimeoutError, OSError, EOFError):
             return []
-        return sorted(f"{a}/p2p/{peer.peer_id}" for peer in found for a in peer.addrs if "/tcp/" in str(a))
+        texts = sorted(f"{address}/p2p/{peer.peer_id}" for peer in found for address in peer.addrs)
+        dialable = [text for text in texts if peer_at(text) in routed]
+        return sorted(dialable, key=lambda text: parse_address(text).is_loopback)
 
     def publish(self, report: bytes, *, lifetime_seconds: float) -> bool:
         """Store this peer's signed report; True if some node took it. Replaces the one before."""
@@ -151,7 +178,10 @@ class Swarm:
         """This peer's libp2p handle. For coroutines that run on `loop` only."""
         async with self._p2p_lock:
             if self._p2p is None:
-                self._p2p = await self.dht.replicate_p2p()
+                try:
+                    self._p2p = await self.dht.replicate_p2p()
+                except (P2PDaemonError, OSError, EOFError) as exc:
+                    raise SwarmUnreachable(f"libp2p's daemon does not let us in: {exc!r}") from exc
             return self._p2p
 
     def get(self, key: str) -> dict[Any, Any]:
@@ -178,6 +208,18 @@ class Swarm:
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     continue
             return f"the {name} has ended"
+        return ""
+
+    def stuck_process(self) -> str:
+        """Which of our processes does not answer us, or nothing. Needs nobody else; blocks for two calls at most."""
+        try:
+            self.routed_peers()
+        except SwarmUnreachable:
+            return "the DHT process does not answer"
+        try:
+            self.call(lambda p2p: p2p.list_peers(), timeout_seconds=CALL_TIMEOUT_SECONDS)
+        except (SwarmUnreachable, TimeoutError, OSError, EOFError):
+            return "the libp2p daemon does not answer"
         return ""
 
     def _ask(
@@ -208,15 +250,37 @@ def _helpers_of(dht: hivemind.DHT) -> dict[str, psutil.Process]:
     return {"DHT process": process, "libp2p daemon": daemons[0]}
 
 
+async def _routed_peers(_dht: hivemind.DHT, node: Any) -> list[str]:
+    """In the DHT's process."""
+    return [str(peer) for peer in node.protocol.routing_table.uid_to_peer_id.values()]
+
+
 def ensure_identity(path: Path) -> None:
-    """Make a libp2p identity (RSA 2048, 0400) unless the file is there. ConfigError if what is there is none."""
+    """Make a libp2p identity (RSA 2048, 0400) unless the file is there. ConfigError if what is there is none; OSError,
+    and no file, if the disk has no room for it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        P2P.generate_identity(str(path))
+        _make_identity(path)
     try:
         load_identity(path.read_bytes())
     except (DecodeError, ValueError) as exc:
         raise ConfigError(f"{path}: damaged, perhaps by a full disk; delete it, and a new one is made") from exc
+
+
+def _make_identity(path: Path) -> None:
+    """Half of one, left by a full disk, would park the peer even after room was made."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # nobody may write to it
+    try:
+        P2P.generate_identity(str(partial))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)  # a write that finds no room does not say where
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def network_options(listen: str) -> dict[str, object]:

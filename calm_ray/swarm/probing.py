@@ -48,7 +48,9 @@ class ReachFacts(Table):
 
     is_reachable: bool = False
     place: str = ""
-    """Where, if so."""
+    """Where, if so: host:port, for people."""
+    address: str = ""
+    """The same as a multiaddress, to be announced."""
     problem: str = ""
     is_known: bool = True
     """Not if every desk was busy."""

@@ -35,6 +35,7 @@ from calm_ray.swarm.addresses import live_addresses, parse_address
 from calm_ray.swarm.desk import Desk
 from calm_ray.swarm.hygiene import bind_children_to_parent
 from calm_ray.swarm.node import STARTUP_TIMEOUT_SECONDS, ensure_identity, network_options
+from calm_ray.swarm.probing import ReachFacts, place_of
 from calm_ray.swarm.transport import bound_messages
 
 logger = logging.getLogger(__name__)
@@ -93,11 +94,14 @@ async def _receive(
     try:
         desks = list(dict.fromkeys(parse_address(address).peer_id for address in peers))  # one may have two addresses
         await _fetch_bundle(p2p, desks, invite, folder, on_progress)
-        port = next((a.port for a in map(parse_address, map(str, await p2p.get_visible_maddrs())) if a.is_tcp), 0)
-        listen = listen.replace("/tcp/0", f"/tcp/{port}")
+        listen = listen.replace("/tcp/0", f"/tcp/{await _own_port(p2p)}")
         if not should_dial_back:
             return Reception(bundle=folder, listen=listen, announce=(), is_reachable=False, verdict="not asked")
-        return await _ask_for_dial_back(p2p, desks, invite.run_id, folder, listen, port)
+        reach = await ask_desks(p2p, desks, run_id=invite.run_id)
+        return Reception(
+            bundle=folder, listen=listen, announce=(reach.address,) if reach.is_reachable else (),
+            is_reachable=reach.is_reachable, verdict=reach_words(reach),
+        )  # fmt: skip
     finally:
         await p2p.shutdown()
 
@@ -117,13 +121,15 @@ async def _fetch_bundle(
                 raise ConfigError(f"run bundle: is for run {manifest.run_id!r}, the invite for {invite.run_id!r}")
             await _fetch_parts(stub, manifest, folder, on_progress)
         except (*CALL_FAILURES, asyncio.IncompleteReadError) as exc:
+            if isinstance(exc, OSError) and exc.filename:  # our own disk's, and no other desk can mend it
+                raise
             problems.append(f"{desk}: {in_words(exc)}")
             continue
         except ConfigError as exc:  # the next one may be honest
             forged = exc
             continue
-        (folder / MANIFEST).write_bytes(data)
-        (folder / SIGNATURE).write_bytes(signature)
+        _write(folder / MANIFEST, data)
+        _write(folder / SIGNATURE, signature)
         open_bundle(folder, organiser_key=invite.organiser_key)
         return
     if forged is not None:
@@ -138,12 +144,20 @@ async def _fetch_parts(stub: object, manifest: Manifest, folder: Path, on_progre
         if not is_part_intact(path, part):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(await download_part(stub, name, max_bytes=part.size_bytes))
+            _write(partial, await download_part(stub, name, max_bytes=part.size_bytes))
             if not is_part_intact(partial, part):
                 raise OSError(f"part {name} arrived damaged")
             partial.replace(path)
         done += part.size_bytes
         on_progress(done, total)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)  # a write that finds no room does not say where
+        raise
 
 
 async def download_part(stub: object, name: str, *, max_bytes: int) -> bytes:
@@ -166,32 +180,38 @@ async def download_part(stub: object, name: str, *, max_bytes: int) -> bytes:
                 raise OSError(f"part {name} is longer than announced")
 
 
-async def _ask_for_dial_back(
-    p2p: P2P, desks: Sequence[str], run_id: str, folder: Path, listen: str, port: int
-) -> Reception:
-    problems: list[str] = []
-    for attempt in range(BUSY_TRIES):
+async def ask_desks(p2p: P2P, desks: Sequence[str], *, run_id: str, num_tries: int = BUSY_TRIES) -> ReachFacts:
+    """Ask the desks to dial this daemon's port, one after the other: one that can is enough."""
+    port = await _own_port(p2p)
+    facts = ReachFacts(problem="no desk to ask", is_known=False)
+    for attempt in range(num_tries):
         if attempt:
             await asyncio.sleep(BUSY_PAUSE_SECONDS * random.uniform(1.0, 2.0))
-        problems = []
+        problems: list[str] = []
         for desk in desks:
-            host, problem = await ask_desk(p2p, desk, run_id, port)
+            host, problem = await _ask_desk(p2p, desk, run_id, port)
             if not problem:
                 address = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
-                return Reception(
-                    bundle=folder, listen=listen, announce=(address,), is_reachable=True,
-                    verdict=f"others can reach this machine at {host}:{port}: full peer",
-                )  # fmt: skip
+                return ReachFacts(is_reachable=True, place=place_of(address), address=address)
             problems.append(f"{problem} (seen as {host})" if host else problem)
-        if not all(problem.startswith(BUSY) for problem in problems):
+        is_known = not all(problem.startswith(BUSY) for problem in problems)
+        facts = ReachFacts(problem="; ".join(dict.fromkeys(problems)), is_known=is_known)
+        if is_known:
             break
-    return Reception(
-        bundle=folder, listen=listen, announce=(), is_reachable=False,
-        verdict=f"others cannot reach this machine ({'; '.join(problems)}): client mode, which is fine",
-    )  # fmt: skip
+    return facts
 
 
-async def ask_desk(p2p: P2P, desk: str, run_id: str, port: int) -> tuple[str, str]:
+def reach_words(reach: ReachFacts) -> str:
+    if reach.is_reachable:
+        return f"others can reach this machine at {reach.place}: full peer"
+    return f"others cannot reach this machine ({reach.problem}): client mode, which is fine"
+
+
+async def _own_port(p2p: P2P) -> int:
+    return next((a.port for a in map(parse_address, map(str, await p2p.get_visible_maddrs())) if a.is_tcp), 0)
+
+
+async def _ask_desk(p2p: P2P, desk: str, run_id: str, port: int) -> tuple[str, str]:
     """(host that the desk sees us at, why it cannot reach us there); a desk's answer is a stranger's."""
     try:
         stub = Desk.get_stub(p2p, PeerID.from_base58(desk), namespace=run_id)

@@ -81,12 +81,7 @@ def _donors(swarm: Swarm, *, only_from: str | None) -> list[str]:
 
 
 async def _download(
-    p2p: P2P,
-    *,
-    donor: PeerID,
-    run_id: str,
-    max_bytes: int,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    p2p: P2P, *, donor: PeerID, run_id: str, max_bytes: int, on_progress: Callable[[int], None]
 ) -> TrainingState:
     stub = TrainingStateAverager.get_stub(p2p, donor, namespace=state_prefix(run_id))
     stream = aiter(await stub.rpc_download_state(averaging_pb2.DownloadRequest()))

@@ -164,3 +164,18 @@ def tiny_swarm(folder: Path, **values: Any) -> Iterator[TinySwarm]:
             handle.request_stop()
         for handle in swarm.handles.values():
             handle.stop()
+
+
+@contextmanager
+def quiet_swarm(folder: Path, **values: Any) -> Iterator[TinySwarm]:
+    """`tiny_swarm`, none of whose peers may have had to explain itself by a traceback, however bad its day was."""
+    with tiny_swarm(folder, **values) as swarm:
+        yield swarm
+    for path in folder.glob("*/peer.log"):
+        assert not (found := first_traceback(path.read_text(errors="replace"))), f"{path}: {found}"
+
+
+def first_traceback(log: str) -> str:
+    """The first in a log, with the line that it belongs to; empty if there is none."""
+    before, mark, after = log.partition("Traceback (most recent call last)")
+    return f"{before[-300:]}{mark}{after[:3000]}" if mark else ""

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from calm_ray.peers.status import PeerStatus
 from calm_ray.peers.vitals import members
 from calm_ray.report import PeerReport
 from tests.eventually import eventually
-from tests.integration.runs import TinySwarm, tiny_swarm
+from tests.integration.runs import TinySwarm, quiet_swarm
+from tests.shards import ROOT
 
 pytestmark = [pytest.mark.slow(shard=1), pytest.mark.timeout(420)]
 
@@ -44,7 +46,7 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory, clock: Path) -> Iterator[TinySwarm]:
-    with tiny_swarm(tmp_path_factory.mktemp("bad"), run_id="bad", target_batch_size=2000) as found:
+    with quiet_swarm(tmp_path_factory.mktemp("bad"), run_id="bad", target_batch_size=2000) as found:
         found.start("t0", role="trainer", reach="public", wait_for="training")
         found.start("t1", role="trainer", reach="public", wait_for="training", environment={
             "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_DONT_FAKE_MONOTONIC": "1",
@@ -81,6 +83,14 @@ def says(swarm: TinySwarm, name: str, words: str, timeout: float) -> PeerStatus:
         return any(words in text for text in (*status.warnings, status.detail, status.error, status.doing))
 
     return swarm.wait(name, does, timeout)
+
+
+def shown(swarm: TinySwarm, name: str, *options: str) -> str:
+    """What `calm-ray status` prints of `name`."""
+    argv = [sys.executable, "-m", "calm_ray", "status", str(swarm.folder / name), *options]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
 
 
 def is_well(status: PeerStatus) -> bool:
@@ -124,8 +134,10 @@ def test_trainer_that_stands_still_for_a_minute_is_called_stalled_and_is_back_in
 
     with stopped(swarm.handles["t0"], seconds=60, until=is_stalled):
         assert is_stalled()
+        assert "the process has not said a word within 45 s" in shown(swarm, "t0")
     swarm.wait("t0", lambda s: s.restarts.get("stalled") == 1 and s.state == "training", 90)
     all_in_step(swarm, "t0", "t1", "auxiliary")
+    assert "restarts: 1 stalled" in shown(swarm, "t0")
 
 
 @pytest.mark.needs(root=False, programs=("faketime",))
@@ -181,6 +193,7 @@ def test_full_disk_costs_the_monitor_nothing_but_time(swarm: TinySwarm) -> None:
             _fill(folder / "ballast")
         says(swarm, "full", "rows wait for the feed", 60)
         says(swarm, "full", "less than 64 MB free: make room", 60)
+        assert "warning: " in shown(swarm, "full")
         during = report_of(swarm, "full").epoch
         swarm.wait_for_epoch("full", during + EPOCHS_IN_STEP, 120)
         (folder / "ballast").unlink()
@@ -210,7 +223,43 @@ def test_peer_that_may_use_too_little_memory_is_parked_with_the_reason(swarm: Ti
     assert (swarm.folder / "small" / "parked.log").read_text().count("watchdog: memory: uses") >= 3
     with pytest.raises(CalmRayError, match="parked: uses"):
         PeerHandle(handle.spec).start()
+    assert "parked: uses more than the 0.05 GB of memory" in shown(swarm, "small")
+    (told,) = json.loads(shown(swarm, "small", "--json")).values()
+    assert (told["state"], told["exit_code"], told["restarts"]) == ("parked", 1, {"memory": 2})
     swarm.handles.pop("small").stop()
+
+
+GROWING = """
+import sys, threading, time
+from pathlib import Path
+
+def grow():
+    order = Path(__file__).with_name("grow")
+    while not order.exists():
+        time.sleep(0.5)
+    order.unlink()
+    sys.ballast = b"x" * 1_600_000_000
+
+if "calm_ray.peers.child" in sys.orig_argv:
+    threading.Thread(target=grow, daemon=True).start()
+"""
+
+
+def test_peer_that_grows_too_large_is_started_anew_in_time(swarm: TinySwarm) -> None:
+    """Before the kernel ends it, or another program: it says goodbye, and trains again."""
+    stub = swarm.folder / "stub"
+    stub.mkdir()
+    (stub / "sitecustomize.py").write_text(GROWING)
+    peer = swarm.config.peer.model_copy(update={"memory_limit_gb": 1.6})
+    swarm.start("large", role="trainer", reach="public", peer=peer, wait_for="training", environment={
+        "PYTHONPATH": f"{stub}:{ROOT}",
+    })  # fmt: skip
+    all_in_step(swarm, "large", "t0")
+    (stub / "grow").touch()
+    swarm.wait("large", lambda s: s.restarts == {"memory": 1} and s.state == "training", 120)
+    assert "watchdog: memory: uses more than the 1.6 GB of memory that it may" in swarm.log("large")
+    all_in_step(swarm, "large", "t0")
+    swarm.handles.pop("large").stop()
 
 
 def test_peers_come_back_when_every_address_of_the_invite_is_dead(swarm: TinySwarm) -> None:
@@ -223,7 +272,7 @@ def test_peers_come_back_when_every_address_of_the_invite_is_dead(swarm: TinySwa
     handle = swarm.handles["t1"]
     (child,) = [p for p in psutil.Process(handle.pid).children() if "calm_ray.peers.child" in p.cmdline()]
     child.kill()
-    swarm.wait("t1", lambda s: s.restarts.get("killed", 0) >= 1 and s.state == "training", 120)
+    swarm.wait("t1", lambda s: s.restarts.get("killed", 0) >= 1 and s.state == "training" and s.report, 120)
     assert "going to peers that we knew" in swarm.log("t1")
     all_in_step(swarm, "t0", "t1")
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from calm_ray.actors.desired import ActorReport, Member, SupervisorStatus
+from calm_ray.peers.budget import Failure, Ledger, LedgerFile
 from calm_ray.peers.status import PeerStatus
 from tests.eventually import Child, Children, eventually
 from tests.integration.raylets import SETTINGS
@@ -190,8 +191,16 @@ def test_killed_workers_and_driver_cost_no_peer_but_a_trainer_and_down_leaves_no
     assert job.wait(10) == -signal.SIGKILL
     epoch = organiser.epoch()
     eventually(lambda: organiser.epoch() > epoch, 60, organiser.words)
+    parked, _ = organiser.wait("trainer-1", lambda r, p: True, 5)
+    _park(organiser.out / "peers" / "trainer-1")
+    os.kill(parked.worker_pid, signal.SIGKILL)
+    organiser.wait("trainer-1", lambda r, p: p.state == "parked" and p.error == "by the test", 60)
     follower = organiser.job()
     follower.says("The run is up: following it.", timeout=60)
+    asked_at = time.monotonic()
+    organiser.wait("trainer-1", lambda r, p: p.state == "training", 60)
+    seconds["parked trainer back"] = time.monotonic() - asked_at
+    pids["trainer-1"] = organiser.wait_for_training()["trainer-1"]
     follower.says("epoch=", timeout=60)
     follower.process.send_signal(signal.SIGINT)
     assert follower.wait(30) == 130
@@ -205,10 +214,20 @@ def test_killed_workers_and_driver_cost_no_peer_but_a_trainer_and_down_leaves_no
     organiser.config.write_text(text)
     assert organiser.wait_for_training() == pids
 
+    trainer, _ = organiser.wait("trainer-0", lambda r, p: True, 5)
+    os.kill(trainer.worker_pid, signal.SIGKILL)
+    eventually(lambda: (m := organiser.member("trainer-0")) is not None and m.is_unheard, 60, organiser.words)
     started = time.monotonic()
-    organiser.end()
+    organiser.end()  # while that one is being created
     seconds["down"] = time.monotonic() - started
     print({what: round(value, 1) for what, value in seconds.items()})
+
+
+def _park(folder: Path) -> None:
+    """As if it had given up a moment ago: whoever starts it next finds that."""
+    now = time.time()
+    failure = Failure(at=now, cause="mistake", why="by the test", has_worked=False)
+    LedgerFile(folder).keep(Ledger(failures=(failure,)).parked("by the test", now=now))
 
 
 @pytest.mark.slow(shard=2)

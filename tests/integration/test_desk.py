@@ -6,6 +6,7 @@ seconds, and here everybody comes from the same one.
 
 import asyncio
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -26,6 +27,7 @@ from calm_ray.bundle import MANIFEST, seal_bundle
 from calm_ray.config import RunTable, load_config
 from calm_ray.errors import ConfigError, SwarmUnreachable
 from calm_ray.invite import Invite
+from calm_ray.peers.endings import is_disk_trouble
 from calm_ray.signing import public_bytes
 from calm_ray.swarm.desk import Desk
 from calm_ray.swarm.loop import EventLoopThread
@@ -169,6 +171,29 @@ def test_download_that_broke_off_is_resumed(office: Office, tmp_path: Path) -> N
     (bundle / BIG).unlink()
     come(invite, tmp_path)
     assert (tmp_path / "bundle" / TEXT).read_text() == "some text\n"
+
+
+def test_own_disk_that_is_full_is_not_the_desks_fault(
+    office: Office, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog waits for room then (`peers/endings.py`), and what had arrived is kept."""
+    bundle = office.bundle()
+    invite = office.open_desk(bundle)
+    write = Path.write_bytes
+
+    def fill_up(path: Path, data: bytes) -> int:
+        if "big" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        come(invite, tmp_path)
+    assert is_disk_trouble(caught.value)
+    assert str(tmp_path / "bundle" / BIG) in str(caught.value)
+    monkeypatch.undo()
+    come(invite, tmp_path)
+    assert files_in(tmp_path / "bundle") == files_in(bundle)
 
 
 def test_part_that_was_altered_here_is_fetched_again(office: Office, tmp_path: Path) -> None:

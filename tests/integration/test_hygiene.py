@@ -1,6 +1,7 @@
 """SIGKILL at each level of a peer: nothing outlives its owner, what should come back does, what should stay stays."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 from calm_ray.errors import CalmRayError
 from calm_ray.peers.handle import KILLED_CODE, PeerHandle
 from calm_ray.peers.process import DUMP_SIGNAL
+from calm_ray.peers.spec import NUM_FILES
 from calm_ray.peers.vitals import MARK
 from tests.eventually import eventually
-from tests.integration.runs import tiny_swarm
+from tests.integration.runs import quiet_swarm
 
 STOCK = """
 import os, hivemind, sys
@@ -61,7 +63,7 @@ def _child(helpers: list[psutil.Process]) -> psutil.Process:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
 def test_peer_whose_child_was_killed_comes_back_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Its DHT process and p2pd: see test_hostile.py."""
-    with tiny_swarm(tmp_path) as swarm:
+    with quiet_swarm(tmp_path) as swarm:
         helpers = _helpers(swarm.handles["auxiliary"])
         assert "p2pd" in {p.name() for p in helpers}
         _child(helpers).kill()
@@ -70,9 +72,24 @@ def test_peer_whose_child_was_killed_comes_back_and_leaves_nothing_behind(tmp_pa
         assert status.restarts == {"killed": 1}
 
 
+def test_peer_may_open_many_files_whatever_the_shell_allows(tmp_path: Path) -> None:
+    """Its daemon as well: each connection is one."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        with quiet_swarm(tmp_path) as swarm:
+            helpers = _helpers(swarm.handles["auxiliary"])
+            limits = {process.name(): process.rlimit(psutil.RLIMIT_NOFILE)[0] for process in helpers}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    wanted = NUM_FILES if before[1] == resource.RLIM_INFINITY else min(NUM_FILES, before[1])
+    assert min(limits.values()) >= wanted, limits
+    assert "p2pd" in limits
+
+
 def test_peer_whose_watchdog_was_killed_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> None:
     """Even what could not leave by itself: a child that hangs, and a bystander that bears the folder's mark."""
-    with tiny_swarm(tmp_path) as swarm:
+    with quiet_swarm(tmp_path) as swarm:
         handle = swarm.handles["auxiliary"]
         helpers = _helpers(handle)
         os.kill(handle.pid, signal.SIGKILL)
@@ -97,7 +114,7 @@ def test_peer_whose_watchdog_was_killed_leaves_nothing_and_the_next_one_sweeps(t
 
 
 def test_trainer_leaves_when_its_lease_is_lost(tmp_path: Path) -> None:
-    with tiny_swarm(tmp_path) as swarm:
+    with quiet_swarm(tmp_path) as swarm:
         handle = swarm.start("trainer", role="trainer", reach="public", wait_for="training")
         helpers = [psutil.Process(handle.pid), *_helpers(handle)]
         handle.abandon()
@@ -106,7 +123,7 @@ def test_trainer_leaves_when_its_lease_is_lost(tmp_path: Path) -> None:
 
 
 def test_auxiliary_peer_outlives_its_holder_and_is_adopted_with_its_pid(tmp_path: Path) -> None:
-    with tiny_swarm(tmp_path, run_id="adopted") as swarm:
+    with quiet_swarm(tmp_path, run_id="adopted") as swarm:
         handle = swarm.handles["auxiliary"]
         config_hash = swarm.config.run.config_hash()
         helpers = [psutil.Process(handle.pid), *_helpers(handle)]
@@ -128,7 +145,7 @@ def test_auxiliary_peer_outlives_its_holder_and_is_adopted_with_its_pid(tmp_path
 
 
 def test_auxiliary_peer_that_nobody_adopts_leaves_in_the_end(tmp_path: Path) -> None:
-    with tiny_swarm(tmp_path) as swarm:
+    with quiet_swarm(tmp_path) as swarm:
         swarm.handles["auxiliary"].stop()
         swarm.start_first(adoption_seconds=3.0)
         handle = swarm.handles["auxiliary"]

@@ -7,14 +7,15 @@ import pytest
 
 from calm_ray.actors.desired import ActorReport, Member, Slot
 from calm_ray.actors.plan import (
-    MAX_BACKOFF_SECONDS,
     NodeView,
+    Placed,
     choose_node,
     due_at,
     known_addresses,
     next_invite_addresses,
     plan_starts,
 )
+from calm_ray.peers.budget import MAX_BACKOFF_SECONDS
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.status import PeerStatus
 from calm_ray.report import Role
@@ -97,8 +98,26 @@ def test_peer_that_is_there_is_left_alone_whatever_it_says() -> None:
 )
 def test_trainer_goes_only_where_gpus_are_left(free: tuple[float, float], wanted: float, node: str | None) -> None:
     nodes = [NodeView(node_id=name, num_gpus=count) for name, count in zip("ab", free, strict=True)]
-    placed = [(slot("trainer", 1, num_gpus=0.75), "a")]
+    placed = [Placed(slot=slot("trainer", 1, num_gpus=0.75), node_id="a", is_counted=True)]
     assert choose_node(slot("trainer", num_gpus=wanted), placed=placed, nodes=nodes) == node
+
+
+@pytest.mark.parametrize(
+    ("free", "is_counted", "node"),
+    [(2, True, "a"), (1, True, "a"), (0.9, True, None), (0, True, None), (2, False, "a"), (1.5, False, None)],
+)
+def test_trainer_does_not_wait_for_gpus_that_another_job_holds(free: float, is_counted: bool, node: str | None) -> None:
+    """One that waits is demand on the autoscaler."""
+    nodes = [NodeView(node_id="a", num_gpus=4, free_gpus=free)]
+    placed = [Placed(slot=slot("trainer", 1, num_gpus=1), node_id="a", is_counted=is_counted)]
+    assert choose_node(slot("trainer", num_gpus=1), placed=placed, nodes=nodes) == node
+    assert choose_node(slot("monitor"), placed=placed, nodes=nodes) == "a", "others need none"
+
+
+def test_first_peer_waits_until_those_who_live_have_said_where_they_are() -> None:
+    unheard = Member(name="trainer-0", role="trainer", is_there=True, node_id="head")
+    assert starts(unheard) == {}
+    assert starts(unheard, member(SLOTS[1], node_id="worker"), has_invite=True)["auxiliary-0"] == "head"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from calm_ray.peers.doctor_machine import SystemFacts
-from calm_ray.peers.doctor_swarm import judge_addresses, judge_clock, judge_reach, judge_version
+from calm_ray.peers.doctor_swarm import REFUSED_SECONDS, judge_addresses, judge_clock, judge_reach, judge_version
+from calm_ray.peers.vigil import MAX_CLOCK_SECONDS
 from calm_ray.swarm.clock_offset import ClockOffset
 from calm_ray.swarm.probing import AddressFacts, ReachFacts, place_of
 
@@ -88,14 +89,17 @@ def test_version_is_not_judged_when_nobody_showed_a_manifest() -> None:
         (offset(0.01), "ok", "agrees with 2 bootstrap peers within 0.03 s"),
         (offset(0.7), "ok", "0.7 s ahead of 2 bootstrap peers"),
         (offset(-1.4), "warn", "1.4 s behind 2 bootstrap peers"),
-        (offset(-4.2, error=0.3), "fail", "4.2 s behind 2 bootstrap peers, give or take 0.3 s; the swarm takes up to"),
+        (offset(-34.2, error=0.3), "fail", "34.2 s behind 2 bootstrap peers, give or take 0.3 s; from 30 s on nobody"),
+        (offset(30.1, error=0.3), "warn", "30.1 s ahead of 2 bootstrap peers, give or take 0.3 s; a swarm's clocks"),
+        (offset(-4.2), "warn", "4.2 s behind 2 bootstrap peers; a swarm's clocks should agree within 3 s"),
         (offset(3.1, error=0.5), "warn", "3.1 s ahead of"),
         (offset(5.0, num_agreeing=0), "warn", "do not agree with each other"),
         (offset(0.0, num_desks=1, num_agreeing=1), "ok", "agrees with 1 bootstrap peer within"),
         (None, "warn", "no bootstrap peer told its time"),
     ],
 )
-def test_clock_fails_only_where_the_swarm_would_refuse_it(found: ClockOffset | None, verdict: str, words: str) -> None:
+def test_clock_fails_only_where_join_would_refuse_it(found: ClockOffset | None, verdict: str, words: str) -> None:
+    assert REFUSED_SECONDS == MAX_CLOCK_SECONDS
     judged = judge_clock(found, system=LINUX)
     assert judged.verdict == verdict
     assert words in judged.found

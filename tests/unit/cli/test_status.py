@@ -35,6 +35,10 @@ def status(role: str, **changes: Any) -> PeerStatus:
             "trainer of r: stalled: no progress within 300 s: micro-batches",
         ),
         ({"state": "parked", "error": "boom (3 times in a row)"}, "trainer: parked: boom (3 times in a row)"),
+        (
+            {"state": "training", "run_id": "r", "is_other_version": True},
+            "trainer of r, of another version of calm-ray: training",
+        ),
     ],
 )
 def test_headline_says_what_a_peer_does_now(changes: dict[str, Any], words: str) -> None:

@@ -11,6 +11,8 @@ from calm_ray.peers.status import PeerStatus
 from calm_ray.summary import SummaryLimits, SwarmSummary, summarise
 from launchers.watch import dead_end, final_checkpoint, news, with_measured_eta
 
+ASKED_AT = 7.0
+
 
 @pytest.fixture
 def summary() -> SwarmSummary:
@@ -30,7 +32,7 @@ def test_measured_eta_takes_the_median_and_divides_skipped_epochs(summary: Swarm
 def member(name: str, state: str = "training", **peer: Any) -> Member:
     role: Any = name.partition("-")[0]
     status = PeerStatus(role=role, state=state, **peer)
-    return Member(name=name, role=role, is_there=True, report=ActorReport(peer=status))
+    return Member(name=name, role=role, is_there=True, report=ActorReport(peer=status, asked_at=ASKED_AT))
 
 
 def test_incident_is_told_once_with_its_time() -> None:
@@ -47,12 +49,23 @@ def test_incident_is_told_once_with_its_time() -> None:
 def test_run_goes_on_while_one_of_each_does(summary: SwarmSummary) -> None:
     gone = {"state": "parked", "error": "no disk"}
     members = [member("auxiliary-0"), member("monitor-0", summary=summary), member("trainer-0")]
-    assert dead_end(members) == ""
-    assert dead_end([*members, member("auxiliary-1", **gone), member("trainer-1", **gone)]) == ""
-    assert "monitor-0 has given up: no disk" in dead_end([members[0], member("monitor-0", **gone), members[2]])
-    assert "nobody can join" in dead_end([member("auxiliary-0", **gone), *members[1:]])
-    assert "nobody trains" in dead_end([*members[:2], member("trainer-0", **gone)])
-    assert dead_end(members[:2]) == "", "volunteers may come"
+    assert end(members) == ""
+    assert end([*members, member("auxiliary-1", **gone), member("trainer-1", **gone)]) == ""
+    assert "monitor-0 has given up: no disk" in end([members[0], member("monitor-0", **gone), members[2]])
+    assert "nobody can join" in end([member("auxiliary-0", **gone), *members[1:]])
+    assert "nobody trains" in end([*members[:2], member("trainer-0", **gone)])
+    assert end(members[:2]) == "", "volunteers may come"
+    assert end([members[0], member("monitor-0"), member("trainer-0", **gone)]) == "", "and nobody knows of them yet"
+
+
+def test_run_that_is_asked_for_again_has_not_ended_while_its_peers_are_tried_again(summary: SwarmSummary) -> None:
+    parked = [member("auxiliary-0", state="parked", error="no disk")]
+    assert dead_end(parked, asked_at=ASKED_AT + 1) == "", "it had given up before"
+    assert "has given up: no disk" in dead_end(parked, asked_at=ASKED_AT)
+
+
+def end(members: list[Member]) -> str:
+    return dead_end(members, asked_at=ASKED_AT)
 
 
 def test_last_checkpoint_ends_the_run() -> None:

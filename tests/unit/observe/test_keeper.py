@@ -1,5 +1,6 @@
 """A feed on a disk that is full, read-only or damaged: rows wait, nothing is deleted, and the words say so."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -52,6 +53,27 @@ def test_damaged_feed_is_put_aside_and_a_new_one_begins(tmp_path: Path, words: W
     (aside,) = tmp_path.glob("feed.sqlite.damaged-*[0-9]")
     assert aside.read_bytes() == damage
     assert words[-1] == f"the feed was damaged and lies in {aside}; a new one has begun"
+
+
+def test_damaged_feed_that_cannot_be_put_aside_is_told_and_rows_wait(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "feed.sqlite"
+    path.write_bytes(b"this is no database at all")
+
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    kept = FeedKeeper(path, warn=words)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        kept.append_all(rows(1))
+    told = f"1 rows wait for the feed: {path}: damaged, and cannot be put aside: Read-only file system"
+    assert words[-1] == told
+    kept.append_all(rows(2))
+    kept.__exit__()
+    assert keys(path) == ["1", "2"]
+    assert len([*tmp_path.glob("feed.sqlite.damaged-*")]) == 1
 
 
 def test_rows_wait_while_the_feed_takes_none_and_come_in_order(tmp_path: Path, words: Words) -> None:

@@ -1,11 +1,11 @@
 """When a peer is started again, how soon, and when it is parked."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from calm_ray.peers.budget import (
-    CAUSES,
     FILE_NAME,
     HOUR_SECONDS,
     MAX_BACKOFF_SECONDS,
@@ -29,7 +29,7 @@ def failure(why: str = "boom", *, cause: Cause = "crashed", at: float = NOW, has
     return Failure(at=at, cause=cause, why=why, has_worked=has_worked)
 
 
-@pytest.mark.parametrize("cause", [cause for cause in CAUSES if cause not in PATIENT and cause != "mistake"])
+@pytest.mark.parametrize("cause", [cause for cause in get_args(Cause) if cause not in PATIENT and cause != "mistake"])
 def test_equal_failures_in_a_row_park(cause: Cause) -> None:
     failures = [failure(cause=cause)] * MAX_EQUAL_FAILURES
     assert not decide(failures[1:], now=NOW).park
@@ -84,6 +84,19 @@ def test_ledger_is_found_again_and_is_bounded(tmp_path: Path) -> None:
     assert again == file.ledger
     assert (len(again.failures), again.restarts) == (MAX_KEPT, {"crashed": 3 * MAX_KEPT})
     assert (tmp_path / FILE_NAME).stat().st_size < 2 * MAX_KEPT * MAX_WHY
+
+
+def test_failure_is_recorded_with_what_became_of_the_peer(tmp_path: Path) -> None:
+    file = LedgerFile(tmp_path)
+    for number in range(1, MAX_EQUAL_FAILURES):
+        assert file.record(failure(), now=NOW).pause_seconds > 0
+        assert LedgerFile(tmp_path).ledger.restarts == {"crashed": number}
+    decision = file.record(failure(), now=NOW)
+    ledger = LedgerFile(tmp_path).ledger
+    assert decision.park == ledger.parked_why
+    assert ledger.is_parked(now=NOW)
+    assert ledger.restarts == {"crashed": MAX_EQUAL_FAILURES - 1}, "it is not started again"
+    assert len(ledger.failures) == MAX_EQUAL_FAILURES
 
 
 def test_ledger_remembers_for_how_long_a_peer_is_parked_and_a_person_pardons(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from calm_ray.peers.endings import (
     NUM_LAST_LINES,
     PARKED_LOG,
     Ending,
+    cause_of,
+    disk_error,
     disk_words,
     ending_of,
     forget,
@@ -56,13 +58,22 @@ def test_verdict_of_the_watchdog_is_the_cause_however_the_child_went() -> None:
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.ENOSPC, "the disk is full: free some space"),
-        (errno.EROFS, "the disk is read-only: choose another --folder"),
+        (errno.ENOSPC, "the disk is full; delete what you no longer need, or choose another --folder"),
+        (errno.EROFS, "the disk is read-only; mount it writable, or choose another --folder"),
         (errno.EACCES, r"Permission denied (/x); choose another --folder, which you own"),
     ],
 )
 def test_disk_errors_are_told_with_what_to_do(number: int, words: str) -> None:
     assert words in disk_words(OSError(number, os.strerror(number), "/x"))
+
+
+def test_disk_that_can_be_mended_is_waited_out_and_a_wrong_folder_is_a_mistake() -> None:
+    errors = [
+        disk_error(OSError(n, os.strerror(n)), where=Path("/x")) for n in (errno.EDQUOT, errno.EROFS, errno.EPERM)
+    ]
+    assert [cause_of(error.exit_code) for error in errors] == ["disk", "disk", "mistake"]
+    assert str(errors[0]).startswith("/x: your quota is used up; ")
+    assert cause_of(1) == "crashed"
 
 
 def test_last_status_is_there_until_the_next_peer_begins(tmp_path: Path) -> None:

@@ -75,11 +75,3 @@ def test_time_in_which_nobody_watched_is_nobodys_fault(watch: Watch) -> None:
     assert watch.judge.verdict(now=watch.now) == ""
     assert watch.wait(SILENT_SECONDS) == ""
     assert watch.wait(GAP_SECONDS + 2) != ""
-
-
-def test_work_is_what_has_grown_since_the_child_first_spoke(watch: Watch) -> None:
-    assert not watch.judge.has_worked
-    watch.wait(3, steps=7)
-    assert not watch.judge.has_worked
-    watch.wait(1, steps=8)
-    assert watch.judge.has_worked

@@ -1,19 +1,24 @@
 """The small parts of a peer's processes: lines out of chunks, a bounded log, one peer to a folder, sums of an epoch."""
 
+import errno
 import os
-import tempfile
+import re
+import selectors
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
+import psutil
 import pytest
 
-from calm_ray.errors import CalmRayError, ConfigError
-from calm_ray.peers.control import MAX_LINE_BYTES, socket_path
-from calm_ray.peers.lines import LineBuffer
+from calm_ray.errors import CalmRayError, ConfigError, DiskTrouble
+from calm_ray.peers.control import MAX_LINE_BYTES, LineBuffer, socket_path
+from calm_ray.peers.control_server import ControlServer
+from calm_ray.peers.lock import exclusive, holder
 from calm_ray.peers.log import RotatingLog
 from calm_ray.peers.monitor import due_epoch
 from calm_ray.peers.trainer import EpochTally
-from calm_ray.peers.watchdog import _exclusive
+from calm_ray.peers.vitals import memory_limit
 from calm_ray.training.loop import MicroStep
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -94,22 +99,34 @@ def test_log_whose_folder_is_gone_stops_nobody(tmp_path: Path) -> None:
 
 def test_folder_has_one_peer_and_its_pid_is_told(tmp_path: Path) -> None:
     message = rf"another peer runs here \(process {os.getpid()}\); stop it, or choose another --folder"
-    with _exclusive(tmp_path), pytest.raises(ConfigError, match=message), _exclusive(tmp_path):
-        pass
-    with _exclusive(tmp_path):
+    assert not holder(tmp_path)
+    with exclusive(tmp_path):
+        assert holder(tmp_path) == holder(tmp_path) == str(os.getpid())
+        with pytest.raises(ConfigError, match=message), exclusive(tmp_path):
+            pass
+    assert not holder(tmp_path)
+    with exclusive(tmp_path):
         pass
 
 
 def test_lock_that_a_dead_peer_left_is_free(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("99999999")
-    with _exclusive(tmp_path):
+    with exclusive(tmp_path):
         assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_disk_without_locks_is_no_other_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network disks are."""
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+    with pytest.raises(OSError, match="No locks available"), exclusive(tmp_path):
+        pass
+    assert not holder(tmp_path)
 
 
 def test_each_folder_has_a_socket_of_its_own_in_a_private_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     first, second = socket_path(tmp_path / "first"), socket_path(tmp_path / "second")
     assert first != second
     assert first == socket_path(tmp_path / "second" / ".." / "first")
@@ -124,9 +141,54 @@ def test_temporary_folder_too_deep_for_a_socket_is_told_with_its_remedy(
 ) -> None:
     deep = tmp_path / ("x" * 80)
     deep.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setenv("TMPDIR", str(deep))
     with pytest.raises(CalmRayError, match="too long a path for a socket; set TMPDIR"):
         socket_path(tmp_path)
+
+
+def test_place_of_sockets_is_found_without_writing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is full now, `calm-ray status` has to look where the peer listens since yesterday."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    path = socket_path(tmp_path / "first")
+    monkeypatch.setattr("os.open", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert socket_path(tmp_path / "first") == path
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    assert socket_path(tmp_path / "first").is_relative_to("/tmp")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (
+            errno.ENOSPC,
+            DiskTrouble,
+            "the disk is full; delete what you no longer need, or set TMPDIR to another folder",
+        ),
+        (errno.EROFS, DiskTrouble, "the disk is read-only; mount it writable, or set TMPDIR to another folder"),
+        (errno.EACCES, ConfigError, "Permission denied; set TMPDIR to another folder, which you own"),
+    ],
+)
+def test_place_of_sockets_that_takes_none_is_told_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[CalmRayError], words: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(number, os.strerror(number))))
+    with selectors.DefaultSelector() as selector:
+        server = ControlServer(selector, answer=bytes, on_stop=lambda: None)
+        with pytest.raises(kind, match=f"^{re.escape(f'{tmp_path}: {words}')}$"), server.listening(tmp_path / "peer"):
+            pass
+
+
+def test_memory_limit_is_that_of_the_smallest_group_around_us(tmp_path: Path) -> None:
+    assert memory_limit(tmp_path) == psutil.virtual_memory().total
+    group = tmp_path / "sys/fs/cgroup/user.slice/box"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/user.slice/box\n")
+    for folder, limit in ((group, "2000000"), (group.parent, "1000000")):
+        for name, text in (("max", limit), ("current", "7"), ("stat", "inactive_file 0\n")):
+            (folder / f"memory.{name}").write_text(text)
+    assert memory_limit(tmp_path) == 1_000_000
 
 
 # --- epochs ----------------------------------------------------------------------------------------------------------

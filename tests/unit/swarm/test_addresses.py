@@ -1,8 +1,10 @@
 """Multiaddresses: what is read from them, and how their verdicts sound. Probing real ports is tested with the desk."""
 
+import socket
+
 import pytest
 
-from calm_ray.swarm.addresses import Verdict, live_addresses, parse_address, probe
+from calm_ray.swarm.addresses import Verdict, all_refuse, live_addresses, parse_address, peer_at, probe
 
 PEER_ID = "QmQhps72kzA2DHfBJ6SAWvnXCaBW7KkMeNwt18AxgYxann"
 
@@ -80,3 +82,29 @@ def test_udp_address_gets_the_benefit_of_the_doubt() -> None:
     assert not probe(parse_address(text), timeout_seconds=0.0).problem
     others = [text.replace("44.77.0.1", f"44.77.0.{n}") for n in (3, 2)]
     assert live_addresses([text, *others]) == [text, *others], "the organiser's order is kept"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"/ip4/44.77.0.1/tcp/4001/p2p/{PEER_ID}", PEER_ID),
+        ("/ip4/44.77.0.1/tcp/4001", ""),
+        (f"/ip4/44.77.0.1/udp/4001/quic-v1/p2p/{PEER_ID}", ""),
+        (f"/ip4/44.77.0.1/tcp/4001/p2p/{PEER_ID}/p2p-circuit/p2p/{PEER_ID}", ""),
+        (f"/ip6zone/eth0/ip6/fe80::1/tcp/4001/p2p/{PEER_ID}", ""),
+        ("/ip4/44.77.0.1/tcp/4001/p2p/Qm0OIl", ""),
+        ("rubbish", ""),
+    ],
+)
+def test_peer_is_found_in_what_can_be_dialled(text: str, expected: str) -> None:
+    assert peer_at(text) == expected
+
+
+def test_machines_that_refuse_are_told_from_silence() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        refused = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}/p2p/{PEER_ID}"
+        assert all_refuse([refused])
+        assert not all_refuse([refused, f"/dns4/no-such-host.invalid/tcp/4001/p2p/{PEER_ID}"])
+        closed.listen()
+        assert not all_refuse([refused]), "somebody is there"

@@ -73,7 +73,9 @@ class Pair:
     run_id: str
 
     async def download(self, *, max_bytes: int = MAX_BYTES) -> TrainingState:
-        return await reading._download(self.here, donor=self.there.peer_id, run_id=self.run_id, max_bytes=max_bytes)
+        return await reading._download(
+            self.here, donor=self.there.peer_id, run_id=self.run_id, max_bytes=max_bytes, on_progress=lambda done: None
+        )
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Ask, and do not read the answer."""
@@ -270,7 +272,9 @@ async def ask_stranger(net: Loopback, messages: Any, *, stalls: bool = False) ->
     stranger.messages, stranger.stalls = messages, stalls
     await stranger.add_p2p_handlers(there, namespace=state_prefix(run_id))
     try:
-        return await reading._download(here, donor=there.peer_id, run_id=run_id, max_bytes=1 << 20)
+        return await reading._download(
+            here, donor=there.peer_id, run_id=run_id, max_bytes=1 << 20, on_progress=lambda done: None
+        )
     finally:
         await stranger.remove_p2p_handlers(there, namespace=state_prefix(run_id))
 
