@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 
-from calm_ray.actors.creation import Taken, create_supervisor, in_a_line
+from calm_ray.actors.creation import create_supervisor, in_a_line
 from calm_ray.actors.desired import (
     NAMESPACE,
     SUPERVISOR,
@@ -74,12 +74,10 @@ class Crew:
         )  # fmt: skip
         try:
             self._supervisor = create_supervisor(Supervisor, desired)
-        except Taken:
+        except CalmRayError:
             if not self.find():
                 raise
             self.follow(config, out=out)
-        except ray.exceptions.RayError as exc:
-            raise CalmRayError(f"the run's supervisor cannot be created: {in_a_line(exc)}") from exc
 
     def status(self) -> SupervisorStatus:
         """What it knows; waits while it is being started again. CalmRayError if it is gone."""

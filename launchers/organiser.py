@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from calm_ray.config import Config, load_config, parse_table, read_toml
 from calm_ray.tables import Table
@@ -21,7 +21,7 @@ class JobTable(Table):
     """Peers that read reports and write checkpoints."""
 
     num_gpus_per_trainer: float = Field(default=0, ge=0)
-    """GPUs that Ray reserves for each trainer; 0 trains on the CPU."""
+    """GPUs that Ray reserves for each trainer; 0 trains on the CPU. A part of one, or a whole number."""
 
     stall_seconds: float = Field(default=600, gt=0)
     """Give up when no epoch completes for this long."""
@@ -29,6 +29,13 @@ class JobTable(Table):
     adoption_seconds: float = Field(default=3600, ge=0)
     """Auxiliary peers and monitors whose job and cluster have died stay for this long, so that the same command can
     adopt them. Trainers leave at once."""
+
+    @field_validator("num_gpus_per_trainer")
+    @classmethod
+    def _ray_shares_one_gpu_only(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError("more than one GPU must be a whole number")
+        return value
 
 
 class CheckpointTable(Table):

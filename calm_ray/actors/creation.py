@@ -18,12 +18,8 @@ GONE_SECONDS = 10.0
 """For a name to become free after its actor was killed."""
 
 
-class Taken(CalmRayError):
-    """Somebody else has created the supervisor of this run a moment before us."""
-
-
 def create_peer(actor_class: type, slot: Slot, orders: Orders, *, run_id: str, node_id: str) -> Any:
-    """`slot`'s actor on that node and nowhere else; ValueError if one of that name is there."""
+    """`slot`'s actor on that node and nowhere else; ActorAlreadyExistsError if one of that name is there."""
     return (
         ray.remote(num_cpus=0)(actor_class)
         .options(
@@ -36,20 +32,19 @@ def create_peer(actor_class: type, slot: Slot, orders: Orders, *, run_id: str, n
 
 
 def create_supervisor(actor_class: type, desired: Desired) -> Any:
-    """At home, and elsewhere once home is gone. Raises Taken, or CalmRayError if it does not come up.
+    """At home, and elsewhere once home is gone. CalmRayError if it does not come up, or there is one.
 
     Soft affinity alone is not enough: a raylet that has not heard of home yet, as in a cluster's first seconds, places
     the actor elsewhere (Ray 2.60).
     """
     for _ in range(NUM_PLACINGS):
+        supervisor = None
         try:
             supervisor = _create_supervisor(actor_class, desired)
-        except ValueError as exc:
-            raise Taken(f"run {desired.run_id!r} has a supervisor") from exc
-        try:
             status = SupervisorStatus.model_validate_json(ray.get(supervisor.status.remote(), timeout=START_SECONDS))
-        except ray.exceptions.RayError as exc:
-            _kill(supervisor)
+        except (ray.exceptions.RayError, ValueError) as exc:
+            if supervisor is not None:
+                _kill(supervisor)
             raise CalmRayError(f"the run's supervisor does not come up: {in_a_line(exc)}") from exc
         if status.node_id == desired.home:
             return supervisor
@@ -94,7 +89,7 @@ def alive_nodes(*, home: str) -> list[NodeView]:
     ]  # fmt: skip
 
 
-def in_a_line(exc: ray.exceptions.RayError) -> str:
+def in_a_line(exc: Exception) -> str:
     """What went wrong: Ray's errors hold whole tracebacks of other processes."""
     said = str(exc.cause) if isinstance(exc, ray.exceptions.RayTaskError) else str(exc)
     return (said.strip().splitlines() or [type(exc).__name__])[-1].strip()

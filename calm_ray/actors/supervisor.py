@@ -228,7 +228,7 @@ class Supervisor:
         logger.info("slot=%s action=start node=%s num_failures=%d", start.name, start.node_id, len(post.failures))
         try:
             post.actor = create_peer(PeerActor, post.slot, orders, run_id=desired.run_id, node_id=start.node_id)
-        except ValueError:  # there is one of that name, as Ray has learned since we looked
+        except ray.exceptions.ActorAlreadyExistsError:  # as Ray has learned since we looked
             return
         post.node_id, post.is_there, post.seen_at = start.node_id, True, time.monotonic()
         post.handover = Handover()

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 FILE_NAME = "restarts.json"
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 2.0, 60.0
+FIRST_SECONDS = 0.5
+"""The pause of one who had worked: it will most likely work again, and its swarm waits."""
 MAX_EQUAL_FAILURES = 3
 """The same failure so often in a row, with no work in between, will not get better by waiting."""
 MAX_PER_HOUR = 10
@@ -97,7 +99,9 @@ def decide(failures: Sequence[Failure], *, now: float) -> Decision:
         counted = [f for f in failures if f.cause not in PATIENT and now - f.at < HOUR_SECONDS]
         if len(counted) > MAX_PER_HOUR:
             return Decision(park=f"{len(counted)} failures within an hour, the last: {last.why}")
-    exponent = min(10, max(0, len(in_vain) - 1))
+    exponent = min(10, len(in_vain) - 1)
+    if not in_vain:
+        return Decision(pause_seconds=FIRST_SECONDS)
     return Decision(pause_seconds=min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**exponent))
 
 

@@ -70,7 +70,7 @@ class Scene:
 
     def create_peer(self, _class: type, slot: Slot, orders: Orders, *, run_id: str, node_id: str) -> FakeActor:
         if not self.is_free:
-            raise ValueError("that name is taken")
+            raise self.ray.exceptions.ActorAlreadyExistsError("that name is taken")
         self.orders.append(orders)
         actor = self.ray.actors[actor_name(run_id, slot.name)] = FakeActor()
         return actor

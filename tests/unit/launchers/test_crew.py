@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from calm_ray.actors.creation import Taken
 from calm_ray.actors.desired import SUPERVISOR, SupervisorStatus, actor_name
 from calm_ray.code import code_hash
 from calm_ray.errors import CalmRayError, ConfigError
@@ -71,16 +70,18 @@ def test_driver_that_comes_second_follows_the_first(
     fake: FakeRay, config: OrganiserConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def create(_class: type, _desired: object) -> None:
-        raise Taken("run 'run' has a supervisor")
+        raise CalmRayError("its name is taken")
 
     monkeypatch.setattr(crews, "create_supervisor", create)
     crew = Crew("run")
     assert not crew.find()
+    with pytest.raises(CalmRayError, match="its name is taken"):
+        crew.start(config, out=tmp_path)
     actor = supervise(fake, config, tmp_path)
     crew.start(config, out=tmp_path)
     assert crew.status().desired.out == tmp_path
     assert actor.called("ask_again") == [(crew.asked_at,)]
-    fake.actors[actor_name("run", SUPERVISOR)] = supervise(fake, config, tmp_path / "other")
+    supervise(fake, config, tmp_path / "other")
     with pytest.raises(ConfigError, match=f"it writes to {tmp_path / 'other'}"):
         crew.start(config, out=tmp_path)
 
@@ -97,6 +98,17 @@ def test_supervisor_that_is_gone_is_told(fake: FakeRay, config: OrganiserConfig,
     with pytest.raises(CalmRayError, match="the run's supervisor is gone"):
         crew.status()
     assert crew.is_gone
+
+
+def test_gpus_that_ray_cannot_share_out_are_refused(tmp_path: Path) -> None:
+    for number, is_good in ((0.5, True), (1, True), (2, True), (1.5, False)):
+        more = f"[organiser.job]\nnum_gpus_per_trainer = {number}\n"
+        path = write_config(tmp_path / "run.toml", run_id="run", more=more)
+        if is_good:
+            assert load_organiser(path).organiser.job.num_gpus_per_trainer == number
+        else:
+            with pytest.raises(ConfigError, match=r"num_gpus_per_trainer.*whole"):
+                load_organiser(path)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

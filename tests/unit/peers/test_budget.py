@@ -61,11 +61,11 @@ def test_mistake_parks_at_once() -> None:
     assert decide([failure("edit it", cause="mistake")], now=NOW).park == "edit it"
 
 
-def test_pauses_double_and_begin_anew_after_work() -> None:
+def test_pauses_double_and_who_had_worked_is_back_at_once() -> None:
     failures = [failure(str(number), cause="unreachable") for number in range(8)]
     pauses = [decide(failures[: number + 1], now=NOW).pause_seconds for number in range(8)]
     assert pauses == [2, 4, 8, 16, 32, 60, 60, 60]
-    assert decide([*failures, failure(has_worked=True)], now=NOW).pause_seconds == 2
+    assert decide([*failures, failure(has_worked=True)], now=NOW).pause_seconds == 0.5
 
 
 def test_clock_that_was_set_back_parks_nobody_by_itself() -> None:
