@@ -2,7 +2,7 @@
 #   make demo                 a whole swarm on this machine, in a few minutes
 #   make test                 the fast suite
 #   make check                lint, format, types
-#   make test-slow SHARD=1/2  one part of the slow tests (some need root and `make system-deps`)
+#   make test-slow SHARD=1/3  one part of the slow tests (some need root and `make system-deps`)
 #   make chaos                60 faults in 100 epochs on this machine, about an hour: see docs/faults.md
 #   make wheel, make release  see docs/releasing.md
 # PIP_ARGS goes to every pip call: an index with CPU-only builds of torch saves gigabytes on a machine without a GPU.
@@ -12,7 +12,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
-SHARDS := 2
+SHARDS := 3
 SHARD_SECONDS := 1800
 TEST_EXTRAS := ray,dev
 SYSTEM_PACKAGES := faketime iproute2 iptables procps

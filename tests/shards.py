@@ -15,8 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES: Mapping[int, tuple[str, ...]] = {
-    1: ("calm_ray/swarm", "calm_ray/training", "calm_ray/checkpoint", "calm_ray/peers"),
+    1: ("calm_ray/swarm", "calm_ray/training", "calm_ray/checkpoint"),
     2: ("calm_ray/actors", "calm_ray/observe", "calm_ray/cli", "launchers"),
+    3: ("calm_ray/peers",),
 }
 """Shard -> the packages whose slow tests are in it. A change there makes CI run that shard."""
 

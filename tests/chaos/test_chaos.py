@@ -8,7 +8,7 @@ import pytest
 from tests.eventually import Children
 
 
-@pytest.mark.slow(shard=2)
+@pytest.mark.slow(shard=3)
 @pytest.mark.timeout(600)
 def test_swarm_under_faults_ends_whole_and_leaves_nothing(tmp_path: Path, children: Children) -> None:
     chaos = children.start(

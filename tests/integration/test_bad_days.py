@@ -27,7 +27,7 @@ from tests.eventually import eventually
 from tests.integration.runs import TinySwarm, quiet_swarm
 from tests.shards import ROOT
 
-pytestmark = [pytest.mark.slow(shard=1), pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow(shard=3), pytest.mark.timeout(420)]
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 CLOCK_ERROR_SECONDS = 10

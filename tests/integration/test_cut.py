@@ -18,7 +18,7 @@ from tests.integration.namespaces import PUBLIC_NET, Internet
 from tests.shards import ROOT
 
 pytestmark = [
-    pytest.mark.slow(shard=1), pytest.mark.needs(root=True, programs=("ip", "iptables")), pytest.mark.timeout(480),
+    pytest.mark.slow(shard=3), pytest.mark.needs(root=True, programs=("ip", "iptables")), pytest.mark.timeout(480),
 ]  # fmt: skip
 
 CUT_SECONDS = 60.0

@@ -37,7 +37,7 @@ def test_peer_whose_libp2p_died_starts_again(tmp_path: Path, victim: str) -> Non
         assert not sockets & _sockets(tmp_path / "auxiliary"), "nobody listens there any more"
 
 
-@pytest.mark.slow(shard=1)
+@pytest.mark.slow(shard=3)
 @pytest.mark.parametrize("victim", ["p2pd", "dht"])
 def test_peer_whose_libp2p_hangs_starts_again(tmp_path: Path, victim: str) -> None:
     """It is there and does not answer: to the peer that looks like a line that is cut, for ever."""
@@ -50,7 +50,7 @@ def test_peer_whose_libp2p_hangs_starts_again(tmp_path: Path, victim: str) -> No
         eventually(lambda: not any(p.is_running() for p in helpers), 10, lambda: f"left: {helpers}")
 
 
-@pytest.mark.slow(shard=1)
+@pytest.mark.slow(shard=3)
 @pytest.mark.needs(root=False, programs=("faketime",))
 def test_clock_that_is_off_at_the_start_is_told_or_refused(tmp_path: Path) -> None:
     """hivemind lets nobody in who is off by 3 s, and says that only to its own log."""
