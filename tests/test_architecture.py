@@ -17,7 +17,20 @@ import pytest
 
 from tests.shards import ROOT
 
-PURE = {"bundle", "clock", "code", "config", "errors", "invite", "membership", "report", "signing", "summary", "tables"}
+PURE = {
+    "bundle",
+    "clock",
+    "code",
+    "config",
+    "errors",
+    "invite",
+    "membership",
+    "parent",
+    "report",
+    "signing",
+    "summary",
+    "tables",
+}
 """Modules of calm_ray that anything may import, and that import nothing heavy."""
 
 PURE_MAY_USE = {"cryptography", "pydantic", "pydantic_core"}

@@ -15,9 +15,9 @@ from calm_ray.actors.bundles import find_bundle, read_bundle, store_bundle
 from calm_ray.actors.desired import ActorReport, Orders
 from calm_ray.actors.keeper import Keeper
 from calm_ray.errors import CalmRayError
+from calm_ray.parent import end_with_parent
 from calm_ray.peers.control import ask
 from calm_ray.peers.endings import disk_words
-from calm_ray.peers.parent import end_with_parent
 
 
 class PeerActor:

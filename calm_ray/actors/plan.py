@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from calm_ray.actors.desired import Member, Slot
-from calm_ray.peers.budget import BACKOFF_SECONDS, MAX_BACKOFF_SECONDS
+from calm_ray.peers.budget import backoff_seconds
 
 FORGET_SECONDS = 600.0
 """A node that dies now and then is normal: older failures do not slow a start down."""
@@ -100,7 +100,7 @@ def due_at(failures: Sequence[float], *, now: float) -> float:
     recent = [at for at in failures if now - at < FORGET_SECONDS]
     if not recent:
         return now
-    return recent[-1] + min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(10, len(recent) - 1))
+    return recent[-1] + backoff_seconds(len(recent))
 
 
 def with_failure(failures: Sequence[float], *, now: float) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ from calm_ray.actors.incidents import incidents_of
 from calm_ray.actors.invites import Invites
 from calm_ray.actors.peer_actor import PeerActor
 from calm_ray.actors.plan import Start, known_addresses, plan_starts, with_failure
-from calm_ray.peers.parent import end_with_parent
+from calm_ray.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 

@@ -99,10 +99,12 @@ def decide(failures: Sequence[Failure], *, now: float) -> Decision:
         counted = [f for f in failures if f.cause not in PATIENT and now - f.at < HOUR_SECONDS]
         if len(counted) > MAX_PER_HOUR:
             return Decision(park=f"{len(counted)} failures within an hour, the last: {last.why}")
-    exponent = min(10, len(in_vain) - 1)
-    if not in_vain:
-        return Decision(pause_seconds=FIRST_SECONDS)
-    return Decision(pause_seconds=min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**exponent))
+    return Decision(pause_seconds=backoff_seconds(len(in_vain)) if in_vain else FIRST_SECONDS)
+
+
+def backoff_seconds(num_failures: int) -> float:
+    """The pause after so many failures, one or more: twice as long each time, up to a limit."""
+    return min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(10, num_failures - 1))
 
 
 def _trailing(failures: Sequence[Failure], holds: Callable[[Failure], bool]) -> list[Failure]:

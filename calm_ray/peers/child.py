@@ -14,9 +14,9 @@ import threading
 from functools import partial
 
 from calm_ray.errors import CalmRayError, DiskTrouble
+from calm_ray.parent import end_with_parent
 from calm_ray.peers.context import PeerContext
 from calm_ray.peers.endings import disk_words, is_disk_trouble
-from calm_ray.peers.parent import end_with_parent
 from calm_ray.peers.process import DUMP_SIGNAL
 from calm_ray.peers.spec import NUM_FILES, PeerSpec
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from calm_ray.errors import CalmRayError
 from calm_ray.invite import Invite, decode_invite
+from calm_ray.parent import death_signal
 from calm_ray.peers.doctor_checks import REINSTALL, words_of
 from calm_ray.peers.doctor_helper import Line, Networking, Task
 from calm_ray.peers.doctor_peer import DeviceFacts
-from calm_ray.peers.parent import death_signal
 from calm_ray.swarm.probing import AddressFacts
 
 DEVICE_SECONDS = 25.0

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import IO
 
+from calm_ray.parent import death_signal
 from calm_ray.peers.control import LineBuffer
-from calm_ray.peers.parent import death_signal
 from calm_ray.peers.spec import PeerSpec
 from calm_ray.peers.vitals import marked
 

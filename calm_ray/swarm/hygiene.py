@@ -8,30 +8,18 @@ Light: hivemind is imported only where sockets are placed.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from calm_ray.parent import death_signal
+
 _LONGEST_NAME = "-p2pclient-0123456789a.sock"
 MAX_SOCKET_PATH_BYTES = 103
 """macOS's limit; Linux allows four more."""
 _installed = False
-
-
-def death_signal() -> Callable[[], object]:
-    """What a new process calls to get SIGTERM when the thread that forked it ends: on Linux; elsewhere, nothing.
-
-    Made ready before the fork, for after it nothing may be imported or locked.
-    """
-    if not sys.platform.startswith("linux"):
-        return lambda: None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def bind_children_to_parent() -> None:

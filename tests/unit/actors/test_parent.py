@@ -8,7 +8,7 @@ from tests.eventually import eventually
 
 WORKER = """
 import time
-from calm_ray.peers.parent import end_with_parent
+from calm_ray.parent import end_with_parent
 end_with_parent()
 print("up", flush=True)
 time.sleep(60)

@@ -13,7 +13,7 @@ CHILD = """
 import sys, signal
 from functools import partial
 from pathlib import Path
-from calm_ray.peers.parent import end_with_parent
+from calm_ray.parent import end_with_parent
 end_with_parent(on_death=partial(Path(sys.argv[1]).write_text, "goodbye"))
 signal.signal(signal.SIGTERM, lambda *_: None)
 print("up", flush=True)
@@ -43,7 +43,7 @@ def test_child_that_hears_no_signal_ends_with_its_parent(tmp_path: Path) -> None
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
 def test_death_signal_ends_a_child_that_knows_nothing_of_us() -> None:
     script = (
-        "import subprocess\nfrom calm_ray.peers.parent import death_signal\n"
+        "import subprocess\nfrom calm_ray.parent import death_signal\n"
         "print(subprocess.Popen(['sleep', '60'], preexec_fn=death_signal()).pid, flush=True)\ninput()"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
