@@ -207,7 +207,7 @@ class Watchdog:
     def _condemn(self, cause: Cause, why: str) -> None:
         self._verdict = (cause, why)
         self._say(f"{cause}: {why}")
-        self._update(state="stalled" if cause == "stalled" else "leaving", detail=why)
+        self._update(state="stalled" if cause == "stalled" else "leaving", detail=why, doing="")
 
     def _on_line(self, line: bytes) -> None:
         try:
