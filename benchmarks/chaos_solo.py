@@ -63,7 +63,7 @@ def main(bundle: Path, *, micro_batch_size: int, duty_cycle: float, seed: int) -
     from calm_ray.peers.learner import make_learner
     from calm_ray.training.compute import choose_compute, describe_device
     from calm_ray.training.loop import GradientSource
-    from calm_ray.training.pace import Pace
+    from calm_ray.training.pace import Pace, busy_clock
     from calm_ray.training.prepare import load_bundle_tokenizer
     from calm_ray.training.stream import TrainingBatches
 
@@ -80,15 +80,17 @@ def main(bundle: Path, *, micro_batch_size: int, duty_cycle: float, seed: int) -
     ) as batches:  # fmt: skip
         source = GradientSource(model, batches=batches, compute=compute)
         source.step(epoch=0)
-        pace = Pace(duty_cycle)
+        pace, busy_seconds = Pace(duty_cycle), busy_clock("cpu")
         print("ready", flush=True)
         seconds = float(sys.stdin.readline())
         started, number = time.monotonic(), 0
-        while (now := time.monotonic()) < started + seconds:
+        while (began := time.monotonic()) < started + seconds:
+            busy = busy_seconds()
             number += source.step(epoch=0).num_samples
-            time.sleep(pace.rest_after(time.monotonic() - now))
+            pace.note(busy_seconds() - busy)
             for parameter in model.parameters():
                 parameter.grad = None
+            time.sleep(pace.rest_after(time.monotonic() - began))
         print(json.dumps(number / (time.monotonic() - started)), flush=True)
         sys.stdin.readline()  # until everybody has done: the others are to be measured with us beside them
 

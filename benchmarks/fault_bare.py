@@ -36,7 +36,7 @@ def main(spec: dict[str, Any]) -> None:
     from calm_ray.peers.learner import make_learner
     from calm_ray.training.compute import choose_compute, describe_device
     from calm_ray.training.loop import GradientSource
-    from calm_ray.training.pace import Pace
+    from calm_ray.training.pace import Pace, busy_clock
     from calm_ray.training.prepare import load_bundle_tokenizer
     from calm_ray.training.stream import TrainingBatches
 
@@ -56,19 +56,19 @@ def main(spec: dict[str, Any]) -> None:
         batch_size=compute.micro_batch_size, seed=spec["seed"],
     ) as batches:  # fmt: skip
         source = GradientSource(learner.model, batches=batches, compute=compute)
-        pace = Pace(spec["duty_cycle"])
+        pace, busy_seconds = Pace(spec["duty_cycle"]), busy_clock("cpu")
         counts: dict[int, int] = {}
         told_at = 0.0
         while True:
             epoch = optimizer.local_epoch
             optimizer.grad_averager.epoch = epoch
-            started = time.monotonic()
+            began, busy = time.monotonic(), busy_seconds()
             result = source.step(epoch=epoch)
-            rest = pace.rest_after(time.monotonic() - started)
+            pace.note(busy_seconds() - busy)
             counts[epoch] = counts.get(epoch, 0) + result.num_samples
             optimizer.step(batch_size=result.num_samples)
             optimizer.zero_grad()
-            time.sleep(rest)
+            time.sleep(pace.rest_after(time.monotonic() - began))
             if time.monotonic() > told_at + COUNT_SECONDS or epoch != optimizer.local_epoch:
                 told_at = time.monotonic()
                 counts = {e: n for e, n in counts.items() if e >= epoch - 1}

@@ -92,7 +92,8 @@ class PeerTable(Table):
     """CPU threads for training; 0 leaves torch's choice."""
 
     duty_cycle: float = Field(default=1.0, ge=0.05, le=1.0)
-    """Share of the time to compute: 0.5 rests after each micro-batch for as long as it took. For heat or noise."""
+    """Share of the time to compute: 0.5 rests after each micro-batch for as long as it has computed (on a CPU, by the
+    processor's own count). For heat or noise."""
 
     gradient_checkpointing: bool = False
     """Less memory for about a third more compute."""

@@ -18,7 +18,7 @@ from calm_ray.swarm.rounds import SwarmOptimizer
 from calm_ray.training.compute import choose_compute, describe_device
 from calm_ray.training.data import stream_seed
 from calm_ray.training.loop import GradientSource, MicroStep
-from calm_ray.training.pace import Pace
+from calm_ray.training.pace import Pace, busy_clock
 from calm_ray.training.prepare import load_bundle_tokenizer
 from calm_ray.training.stream import TrainingBatches
 
@@ -69,7 +69,7 @@ class Trainer:
         self._last_record: EpochRecord | None = None
         self._is_first_contribution = True
         self._num_steps = 0
-        self._pace = Pace(context.spec.peer.duty_cycle)
+        self._pace, self._busy_seconds = Pace(context.spec.peer.duty_cycle), busy_clock(source.device)
         optimizer.on_round.append(note_success(context))
 
     def train(self) -> None:
@@ -94,9 +94,9 @@ class Trainer:
             self._wait_for_full_peer()
         if self.optimizer.local_epoch != self._tally.epoch:
             self._on_epoch_end()
-        started = time.monotonic()
+        began, busy = time.monotonic(), self._busy_seconds()
         result = self._source.step(epoch=self._tally.epoch)
-        rest = self._pace.rest_after(time.monotonic() - started)
+        self._pace.note(self._busy_seconds() - busy)
         self._num_steps += 1
         if not result.is_finite:
             if self._source.num_refused_in_a_row > MAX_REFUSED_IN_A_ROW:
@@ -109,7 +109,7 @@ class Trainer:
         self._tally.add(result)
         self.optimizer.step(batch_size=result.num_samples)
         self.optimizer.zero_grad()
-        if rest:
+        if rest := self._pace.rest_after(time.monotonic() - began):
             self._context.stop.wait(rest)
 
     def _wait_for_full_peer(self) -> None:

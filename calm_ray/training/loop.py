@@ -86,6 +86,10 @@ class GradientSource:
         if compute.gradient_checkpointing:
             enable_gradient_checkpointing(model)
 
+    @property
+    def device(self) -> str:
+        return self._compute.device
+
     def step(self, *, epoch: int) -> MicroStep:
         """Run one micro-batch. Raise what the stream raises, StopIteration if it ends, torch's errors as they are."""
         self._batches.set_epoch(epoch)

@@ -4,6 +4,7 @@ One swarm of two trainers, an auxiliary peer and a monitor, for all tests; each 
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -230,37 +231,75 @@ def test_peer_that_may_use_too_little_memory_is_parked_with_the_reason(swarm: Ti
     swarm.handles.pop("small").stop()
 
 
-GROWING = """
-import sys, threading, time
+ORDERED = """
+import re, sys, threading, time
 from pathlib import Path
 
-def grow():
-    order = Path(__file__).with_name("grow")
-    while not order.exists():
+def obey():
+    folder = Path(__file__).parent
+    while True:
         time.sleep(0.5)
-    order.unlink()
-    sys.ballast = b"x" * 1_600_000_000
+        if (folder / "grow").exists():
+            (folder / "grow").unlink()
+            sys.ballast = b"x" * 1_600_000_000
+        if (folder / "hang").exists():
+            (folder / "hang").unlink()
+            re.match("(a+)+$", "a" * 60 + "b")  # for centuries, and the interpreter's lock is held all the while
 
 if "calm_ray.peers.child" in sys.orig_argv:
-    threading.Thread(target=grow, daemon=True).start()
+    threading.Thread(target=obey, daemon=True).start()
 """
 
 
-def test_peer_that_grows_too_large_is_started_anew_in_time(swarm: TinySwarm) -> None:
-    """Before the kernel ends it, or another program: it says goodbye, and trains again."""
+@pytest.fixture(scope="module")
+def orders(swarm: TinySwarm) -> Path:
+    """A trainer, called `ordered`, that begins to grow or hangs when a file of that name is made here."""
     stub = swarm.folder / "stub"
     stub.mkdir()
-    (stub / "sitecustomize.py").write_text(GROWING)
+    (stub / "sitecustomize.py").write_text(ORDERED)
     peer = swarm.config.peer.model_copy(update={"memory_limit_gb": 1.6})
-    swarm.start("large", role="trainer", reach="public", peer=peer, wait_for="training", environment={
+    swarm.start("ordered", role="trainer", reach="public", peer=peer, wait_for="training", environment={
         "PYTHONPATH": f"{stub}:{ROOT}",
     })  # fmt: skip
-    all_in_step(swarm, "large", "t0")
-    (stub / "grow").touch()
-    swarm.wait("large", lambda s: s.restarts == {"memory": 1} and s.state == "training", 120)
-    assert "watchdog: memory: uses more than the 1.6 GB of memory that it may" in swarm.log("large")
-    all_in_step(swarm, "large", "t0")
-    swarm.handles.pop("large").stop()
+    return stub
+
+
+def test_peer_that_grows_too_large_is_started_anew_in_time(swarm: TinySwarm, orders: Path) -> None:
+    """Before the kernel ends it, or another program: it says goodbye, and trains again."""
+    all_in_step(swarm, "ordered", "t0")
+    (orders / "grow").touch()
+    swarm.wait("ordered", lambda s: s.restarts == {"memory": 1} and s.state == "training", 120)
+    assert "watchdog: memory: uses more than the 1.6 GB of memory that it may" in swarm.log("ordered")
+    all_in_step(swarm, "ordered", "t0")
+
+
+def test_peer_whose_interpreter_hangs_shows_its_stacks_and_is_started_anew(swarm: TinySwarm, orders: Path) -> None:
+    all_in_step(swarm, "ordered", "t0")
+    (orders / "hang").touch()
+    swarm.wait("ordered", lambda s: s.restarts.get("stalled") == 1 and s.state == "training", 180)
+    log = swarm.log("ordered")
+    stacks = log[log.index("watchdog: stalled: the process has not said a word within 45 s") :]
+    assert "sitecustomize.py" in stacks, "the thread that hangs is shown"
+    all_in_step(swarm, "ordered", "t0")
+
+
+def test_trainer_that_is_told_to_go_amid_a_round_is_out_of_it_in_time(swarm: TinySwarm) -> None:
+    handle = swarm.start("hasty", role="trainer", reach="public", wait_for="training")
+    all_in_step(swarm, "hasty", "t0", "t1")
+    peer_id = handle.status().peer_id
+    amid = ("finding the others to average with", "averaging")
+    eventually(lambda: handle.status().doing in amid, 60, lambda: handle.status().doing, interval=0.02)
+    watch = time.monotonic()
+    os.kill(handle.pid, signal.SIGTERM)
+    eventually(lambda: handle.status().exit_code == 0, 12, lambda: handle.status().model_dump_json())
+    assert time.monotonic() - watch < 10
+    del swarm.handles["hasty"]
+
+    def is_gone(status: PeerStatus) -> bool:
+        return status.summary is not None and peer_id not in {peer.peer_id for peer in status.summary.peers}
+
+    swarm.wait("monitor", is_gone, 30)
+    all_in_step(swarm, "t0", "t1", "auxiliary")
 
 
 def test_peers_come_back_when_every_address_of_the_invite_is_dead(swarm: TinySwarm) -> None:
