@@ -45,6 +45,8 @@ class Result:
     num_faults: int
     num_missed: int
     busy_elsewhere: float
+    stolen: float
+    """Of the machine, by its host."""
     longest_orphan_seconds: float
     problems: list[str]
 
@@ -70,7 +72,7 @@ def run_ours(prepared: Prepared, faults: tuple[Fault, ...], *, num_epochs: int, 
         problems += [f"left: {line}" for line in rig.end()]
     return Result(
         kind="ours", goodput=measured, num_faults=len(log.done), num_missed=len(log.missed), problems=problems,
-        busy_elsewhere=log.busy_elsewhere, longest_orphan_seconds=log.longest_orphan_seconds,
+        busy_elsewhere=log.busy_elsewhere, stolen=log.stolen, longest_orphan_seconds=log.longest_orphan_seconds,
     )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def run_stock(prepared: Prepared, faults: tuple[Fault, ...], *, num_epochs: int,
         problems = ([why] if why else []) + [f"left: {line}" for line in rig.end()]
     return Result(
         kind="stock", goodput=measured, num_faults=len(log.done), num_missed=len(log.missed), problems=problems,
-        busy_elsewhere=log.busy_elsewhere, longest_orphan_seconds=log.longest_orphan_seconds,
+        busy_elsewhere=log.busy_elsewhere, stolen=log.stolen, longest_orphan_seconds=log.longest_orphan_seconds,
     )  # fmt: skip
 
 
@@ -123,6 +125,7 @@ def table(results: list[Result]) -> str:
         f"{r.kind}: {r.num_faults} faults done, {r.num_missed} without a target; "
         + (f"{r.goodput.num_rounds} true rounds in {r.goodput.seconds:.0f} s, held down {r.goodput.held_seconds:.0f} s"
            if r.goodput is not None else "no two true rounds")
+        + f"; {100 * r.stolen:.0f} % of the machine was taken away by its host"
         + (f"; {100 * r.busy_elsewhere:.0f} % of all cores' time went into something else than computing gradients; "
            f"no process was seen without its owner for longer than {r.longest_orphan_seconds:.0f} s"
            if r.kind == "ours" else "")
@@ -158,7 +161,10 @@ def main() -> int:
         prepared = prepare(
             folder.resolve(), epoch_seconds=epoch_seconds, solo_seconds=solo_seconds, duty_cycle=args.duty_cycle
         )
-        say(f"solo: {prepared.swarm_rate:.1f} samples/s of three; target_batch_size={prepared.target_batch_size}")
+        say(
+            f"solo: {prepared.swarm_rate:.1f} samples/s of three{prepared.stolen_words}; "
+            f"target_batch_size={prepared.target_batch_size}"
+        )
         results, taken = [], 0.0
         for kind, run in (("ours", run_ours), ("stock", run_stock)):
             if (kind == "stock" and not (args.stock or args.only_stock)) or (kind == "ours" and args.only_stock):
@@ -169,7 +175,7 @@ def main() -> int:
             found = run(prepared, faults, num_epochs=num_epochs, limit_seconds=limit)
             taken = time.monotonic() - started
             after = prepared.measure_again(seconds=solo_seconds)
-            say(f"solo afterwards, mean with before: {after.swarm_rate:.1f} samples/s")
+            say(f"solo afterwards, mean with before: {after.swarm_rate:.1f} samples/s{after.stolen_words}")
             if found.goodput is not None:
                 found.goodput = rescaled(found.goodput, solo_before=before, solo_now=after.solo_rate)
             results.append(found)

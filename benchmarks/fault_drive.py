@@ -14,6 +14,7 @@ from benchmarks.fault_kinds import NODE, TRAINERS, Fault, bare_target
 from benchmarks.fault_orphans import Orphans
 from benchmarks.fault_rig import OurRig
 from benchmarks.fault_watch import words_of
+from benchmarks.stolen import Stolen
 from launchers.output import PEERS
 
 TICK_SECONDS = 0.2
@@ -40,6 +41,8 @@ class Log:
     longest_orphan_seconds: float = 0.0
     busy_elsewhere: float = 0.0
     """Share of all cores' time, since the first true round, that went into anything but computing gradients."""
+    stolen: float = 0.0
+    """Share of all cores' time that the machine's host gave to others since then."""
 
 
 def say(text: str) -> None:
@@ -54,12 +57,12 @@ def drive(rig: OurRig | BareRig, faults: Sequence[Fault], *, num_epochs: int, li
     orphans = Orphans(rig.out / PEERS) if isinstance(rig, OurRig) else None
     deadline = time.monotonic() + limit_seconds
     told_at = time.monotonic()
-    began = (0.0, 0.0)
+    began, stolen = (0.0, 0.0), Stolen()
     try:
         while time.monotonic() < deadline:
             now, rounds = time.monotonic(), watch.rounds()
             if not log.started_at and rounds:
-                log.started_at, began = rounds[0].at, (time.monotonic(), _seconds_elsewhere())
+                log.started_at, began, stolen = rounds[0].at, (time.monotonic(), _seconds_elsewhere()), Stolen()
             if orphans is not None and isinstance(rig, OurRig):
                 orphans.look(rig.watchdogs())
             for due in [m for m in mends if now >= m[0]]:
@@ -84,6 +87,7 @@ def drive(rig: OurRig | BareRig, faults: Sequence[Fault], *, num_epochs: int, li
         if log.started_at:
             cores = os.cpu_count() or 1
             log.busy_elsewhere = (_seconds_elsewhere() - began[1]) / (cores * (time.monotonic() - began[0]))
+            log.stolen = stolen.share()
     return log
 
 

@@ -9,6 +9,7 @@ from benchmarks.chaos_solo import solo_rates
 from benchmarks.fault_bare_rig import BareRig
 from benchmarks.fault_kinds import TRAINERS
 from benchmarks.fault_rig import RUN_ID, OurRig
+from benchmarks.stolen import Stolen
 from launchers.output import BUNDLE
 from tests.shards import ROOT
 
@@ -82,6 +83,8 @@ class Prepared:
     duty_cycle: float
     solo_rate: float
     """Samples per second of one trainer, mean of three that compute at once."""
+    stolen: float = 0.0
+    """Of the machine, by its host, during the last measurement."""
 
     @property
     def swarm_rate(self) -> float:
@@ -93,8 +96,12 @@ class Prepared:
 
     def measure_again(self, *, seconds: float) -> "Prepared":
         """With the mean of the solo rates before and now: rented cores change their speed."""
-        after = _solo(self.bundle, seconds=seconds, duty_cycle=self.duty_cycle)
-        return replace(self, solo_rate=(self.solo_rate + after) / 2)
+        after, stolen = _solo(self.bundle, seconds=seconds, duty_cycle=self.duty_cycle)
+        return replace(self, solo_rate=(self.solo_rate + after) / 2, stolen=stolen)
+
+    @property
+    def stolen_words(self) -> str:
+        return f" ({100 * self.stolen:.0f} % of the machine was taken away by its host)"
 
     def ours(self) -> OurRig:
         return OurRig(self.config, folder=self._new_folder("ours"))
@@ -121,17 +128,21 @@ def prepare(folder: Path, *, epoch_seconds: float, solo_seconds: float, duty_cyc
         [sys.executable, "-m", "launchers.prepare", config, bundle.parent], check=True, cwd=ROOT,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    rate = _solo(bundle, seconds=solo_seconds, duty_cycle=duty_cycle)
+    rate, stolen = _solo(bundle, seconds=solo_seconds, duty_cycle=duty_cycle)
     target = int(rate * len(TRAINERS) * epoch_seconds) // MICRO_BATCH_SIZE * MICRO_BATCH_SIZE
     _write(config, target_batch_size=target, duty_cycle=duty_cycle)
-    return Prepared(folder=folder, config=config, target_batch_size=target, duty_cycle=duty_cycle, solo_rate=rate)
+    return Prepared(
+        folder=folder, config=config, target_batch_size=target, duty_cycle=duty_cycle, solo_rate=rate, stolen=stolen
+    )
 
 
-def _solo(bundle: Path, *, seconds: float, duty_cycle: float) -> float:
+def _solo(bundle: Path, *, seconds: float, duty_cycle: float) -> tuple[float, float]:
+    """Samples per second of one, and what share of the machine was taken away meanwhile."""
+    stolen = Stolen()
     rates = solo_rates(
         bundle, num_trainers=len(TRAINERS), seconds=seconds, micro_batch_size=MICRO_BATCH_SIZE, duty_cycle=duty_cycle
     )
-    return sum(rates) / len(rates)
+    return sum(rates) / len(rates), stolen.share()
 
 
 def _write(path: Path, *, target_batch_size: int, duty_cycle: float) -> None:
