@@ -118,10 +118,17 @@ class Round:
         try:
             async with asyncio.timeout_at(self.deadline):
                 await asyncio.gather(*(self._collect_from(courier) for courier in self.couriers))
-                await asyncio.shield(asyncio.gather(*self.work))
+                await self._finish_work()
         except TimeoutError:
             is_late = True
         return await self._judge(is_late=is_late)
+
+    async def _finish_work(self) -> None:
+        """Our slices go on being reduced for others when this wait ends early."""
+        if self.work:
+            done, _ = await asyncio.wait(self.work, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
 
     async def serve(self, peer: str, opening: Opening, stream: Stream) -> None:
         """Reduce for one caller. One of PEER_FAULTS if it breaks off."""
