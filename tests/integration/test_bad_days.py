@@ -210,6 +210,7 @@ def test_full_disk_costs_the_monitor_nothing_but_time(swarm: TinySwarm) -> None:
     finally:
         swarm.handles.pop("full").stop()
         subprocess.run(["umount", folder], check=True)
+        swarm.start("monitor", role="monitor", wait_for="watching")
 
 
 def test_peer_that_may_use_too_little_memory_is_parked_with_the_reason(swarm: TinySwarm) -> None:
