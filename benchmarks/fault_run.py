@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,14 +10,16 @@ from benchmarks.chaos_solo import solo_rates
 from benchmarks.fault_bare_rig import BareRig
 from benchmarks.fault_kinds import TRAINERS
 from benchmarks.fault_rig import RUN_ID, OurRig
+from benchmarks.meter import Meter
 from benchmarks.stolen import Stolen
 from launchers.output import BUNDLE
 from tests.shards import ROOT
 
 MICRO_BATCH_SIZE = 16
-DUTY_CYCLE = 0.4
+DUTY_CYCLE = 0.3
 """Of each trainer. In a real swarm each has a machine of its own; three that compute all the time take both cores of
-a small one, and whatever else a peer does is taken from the others' computing: see docs/faults.md."""
+a small one, and whatever else a peer does is taken from the others' computing: see docs/faults.md. Little enough that
+two cores of which a host takes a quarter away still carry it."""
 NUM_EPOCHS = 100_000
 """The benchmark says when it is enough."""
 CONFIG = """
@@ -85,6 +88,8 @@ class Prepared:
     """Samples per second of one trainer, mean of three that compute at once."""
     stolen: float = 0.0
     """Of the machine, by its host, during the last measurement."""
+    micro_batch_cost: float = 0.0
+    """Processor seconds, by the meter, meanwhile."""
 
     @property
     def swarm_rate(self) -> float:
@@ -94,14 +99,23 @@ class Prepared:
     def bundle(self) -> Path:
         return self.folder / "solo" / BUNDLE
 
-    def measure_again(self, *, seconds: float) -> "Prepared":
-        """With the mean of the solo rates before and now: rented cores change their speed."""
-        after, stolen = _solo(self.bundle, seconds=seconds, duty_cycle=self.duty_cycle)
-        return replace(self, solo_rate=(self.solo_rate + after) / 2, stolen=stolen)
+    def measure(self, meter: Meter, *, seconds: float) -> "Prepared":
+        """With the solo rate as it is now, and what the meter says of it."""
+        rate, stolen = _solo(self.bundle, seconds=seconds, duty_cycle=self.duty_cycle)
+        until = time.monotonic()
+        cost = meter.cost(since=until - seconds, until=until)
+        return replace(self, solo_rate=rate, stolen=stolen, micro_batch_cost=cost)
+
+    def slowdown(self, meter: Meter, *, since: float, until: float) -> float:
+        """How many times as long as alone a micro-batch computed between two monotonic times."""
+        return meter.cost(since=since, until=until) / self.micro_batch_cost
 
     @property
     def stolen_words(self) -> str:
         return f" ({100 * self.stolen:.0f} % of the machine was taken away by its host)"
+
+    def meter(self) -> Meter:
+        return Meter(self.bundle, micro_batch_size=MICRO_BATCH_SIZE, log=self.folder / "meter.log")
 
     def ours(self) -> OurRig:
         return OurRig(self.config, folder=self._new_folder("ours"))
