@@ -145,7 +145,7 @@ def table(results: list[Result]) -> str:
            if r.goodput is not None else "no two true rounds")
         + f"; {100 * r.stolen:.0f} % of the machine was taken away by its host, and computing took "
         + f"{r.slowdown:.2f} times as long as before the run"
-        + (f" (by the rate of before, goodput is {100 * r.share_by_rate_before:.1f} %)" if r.share_by_rate_before else "")
+        + (f" (by the rate of before: {100 * r.share_by_rate_before:.1f} %)" if r.share_by_rate_before else "")
         + (f"; {100 * r.busy_elsewhere:.0f} % of all cores' time went into something else than computing gradients; "
            f"no process was seen without its owner for longer than {r.longest_orphan_seconds:.0f} s"
            if r.kind == "ours" else "")
