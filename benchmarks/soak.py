@@ -9,6 +9,7 @@ may grow. CPU is what each used on average, in per cent of a core.
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -94,7 +95,7 @@ def _size(folder: Path, pattern: str) -> float:
     return total / MEGABYTE
 
 
-def collect(rig: OurRig, *, seconds: float) -> Series:
+def collect(rig: OurRig, *, seconds: float, path: Path | None) -> Series:
     series: Series = defaultdict(list)
     started = told_at = time.monotonic()
     while (now := time.monotonic()) < started + seconds:
@@ -107,6 +108,8 @@ def collect(rig: OurRig, *, seconds: float) -> Series:
             told_at = now
             total = sum(points[-1][1] for (_, _, q), points in series.items() if q == "PSS")
             say(f"minute {(now - started) / 60:.0f}: epoch {rig.watch.epoch()}, {total:.0f} MB in all")
+            if path is not None:
+                path.write_text(json.dumps([[*place, points] for place, points in series.items()]))
         time.sleep(max(0.1, SAMPLE_SECONDS - (time.monotonic() - now)))
     return series
 
@@ -150,6 +153,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--duty-cycle", type=float, default=DUTY_CYCLE, help="of each trainer, see docs/faults.md")
     parser.add_argument("--folder", type=Path, help="keep logs and feed there (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="write all samples there, each minute")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as temporary:
         folder = args.folder or Path(temporary)
@@ -160,7 +164,7 @@ def main() -> int:
         with prepared.ours() as rig:
             rig.start()
             say(f"{len(EVERYONE)} peers are at work")
-            series = collect(rig, seconds=60 * args.minutes)
+            series = collect(rig, seconds=60 * args.minutes, path=args.json)
             num_epochs, left = rig.watch.epoch(), rig.end()
     fits = judged(series)
     print(f"{args.minutes:g} minutes, {num_epochs} epochs; in brackets the slope of the second half\n")
