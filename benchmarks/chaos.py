@@ -5,9 +5,8 @@
 Three trainers, two auxiliary peers and a monitor, kept by the job's supervisor on a head and a worker raylet, on this
 machine. The schedule follows from the seed and is printed first. Goodput = samples in true rounds / (3 x solo rate x
 wall time), less only the time in which the schedule itself holds a trainer down; every restart counts against us, with
-the cores that it takes from the others. The solo rate is measured before and after, three trainers computing at once,
-and follows the speed of the machine between by a meter that runs all the while (`meter.py`); the figure without it
-stands beside.
+the cores that it takes from the others. The solo rate is measured before and after, three trainers computing at once;
+the faster one counts, for a rented machine slows down now and then.
 `--stock`: a swarm of three bare `hivemind.Optimizer` trainers in `while true` loops, under the same schedule.
 """
 
@@ -25,13 +24,12 @@ from benchmarks.fault_drive import Log, drive, in_step, say
 from benchmarks.fault_kinds import KINDS, TRAINERS, Fault, schedule
 from benchmarks.fault_rig import OurRig
 from benchmarks.fault_run import DUTY_CYCLE, Prepared, prepare
-from benchmarks.meter import Meter
 
 NUM_FAULTS, NUM_EPOCHS, EPOCH_SECONDS = 60, 100, 24.0
 NUM_QUICK_FAULTS, NUM_QUICK_EPOCHS, QUICK_EPOCH_SECONDS = 6, 6, 15.0
 QUICK = ("trainer's child", "monitor's child", "bootstrap peer, whole", "p2pd", "Ray worker process",
          "SIGSTOP of a trainer, 15 s")  # fmt: skip
-SOLO_SECONDS, SOLO_QUICK_SECONDS = 120.0, 15.0
+SOLO_SECONDS, SOLO_QUICK_SECONDS = 60.0, 8.0
 EXPECTED = 0.85
 """Of the solo rates: the goodput to reach, and by which the schedule is stretched over the epochs."""
 PATIENCE, START_SECONDS = 3.0, 120.0
@@ -50,22 +48,18 @@ class Result:
     busy_elsewhere: float
     stolen: float
     """Of the machine, by its host."""
-    slowdown: float
-    """Of a micro-batch's computing, since the solo rate was measured; the goodput allows for it."""
-    share_by_rate_before: float | None
-    """The goodput that does not."""
+    solo_rates: tuple[float, float] = (0.0, 0.0)
+    """Samples per second of three, before and after."""
     longest_orphan_seconds: float
     problems: list[str]
 
 
-def run_ours(
-    prepared: Prepared, meter: Meter, faults: tuple[Fault, ...], *, num_epochs: int, limit_seconds: float
-) -> Result:
+def run_ours(prepared: Prepared, faults: tuple[Fault, ...], *, num_epochs: int, limit_seconds: float) -> Result:
     with prepared.ours() as rig:
         say("starting the cluster and the job")
         rig.start()
         log = drive(rig, faults, num_epochs=num_epochs, limit_seconds=limit_seconds)
-        measured, slowdown = _measure(rig, log, prepared, meter)
+        measured = _measure(rig, log, prepared)
         problems = [f"{fault.kind.name}: {fault.target} was not there to be hurt" for fault in log.missed]
         problems += [f"without its owner for more than ten seconds: {line}" for line in log.orphans]
         if len(rig.watch.rounds()) <= num_epochs:
@@ -81,43 +75,34 @@ def run_ours(
         problems += [f"left: {line}" for line in rig.end()]
     return Result(
         kind="ours", goodput=measured, num_faults=len(log.done), num_missed=len(log.missed), problems=problems,
-        busy_elsewhere=log.busy_elsewhere, stolen=log.stolen, slowdown=slowdown,
-        share_by_rate_before=measured.share / slowdown if measured is not None else None,
-        longest_orphan_seconds=log.longest_orphan_seconds,
+        busy_elsewhere=log.busy_elsewhere, stolen=log.stolen, longest_orphan_seconds=log.longest_orphan_seconds,
     )  # fmt: skip
 
 
-def run_stock(
-    prepared: Prepared, meter: Meter, faults: tuple[Fault, ...], *, num_epochs: int, limit_seconds: float
-) -> Result:
+def run_stock(prepared: Prepared, faults: tuple[Fault, ...], *, num_epochs: int, limit_seconds: float) -> Result:
     with prepared.stock() as rig:
         say("starting three bare trainers")
         rig.start()
         log = drive(rig, faults, num_epochs=num_epochs, limit_seconds=limit_seconds)
-        measured, slowdown = _measure(rig, log, prepared, meter)
+        measured = _measure(rig, log, prepared)
         why = in_step(rig, tolerance=NORM_TOLERANCE, timeout_seconds=30.0)
         problems = ([why] if why else []) + [f"left: {line}" for line in rig.end()]
     return Result(
         kind="stock", goodput=measured, num_faults=len(log.done), num_missed=len(log.missed), problems=problems,
-        busy_elsewhere=log.busy_elsewhere, stolen=log.stolen, slowdown=slowdown,
-        share_by_rate_before=measured.share / slowdown if measured is not None else None,
-        longest_orphan_seconds=log.longest_orphan_seconds,
+        busy_elsewhere=log.busy_elsewhere, stolen=log.stolen, longest_orphan_seconds=log.longest_orphan_seconds,
     )  # fmt: skip
 
 
-def _measure(rig: OurRig | BareRig, log: Log, prepared: Prepared, meter: Meter) -> tuple[Goodput | None, float]:
-    """And by how much the machine was slower than alone."""
+def _measure(rig: OurRig | BareRig, log: Log, prepared: Prepared) -> Goodput | None:
     rounds = rig.watch.rounds()
     if len(rounds) < 2:
-        return None, 1.0
+        return None
     end = log.ended_at or rounds[-1].at
     computed = rig.watch.computed(TRAINERS, first=rounds[0].epoch + 1, last=rounds[-1].epoch)
-    slowdown = prepared.slowdown(meter, since=rounds[0].at, until=end)
-    found = goodput(
-        rounds, spans=rig.watch.spans(TRAINERS, end=end), holds=log.holds, solo_rate=prepared.solo_rate / slowdown,
+    return goodput(
+        rounds, spans=rig.watch.spans(TRAINERS, end=end), holds=log.holds, solo_rate=prepared.solo_rate,
         computed=computed, num_trainers=len(TRAINERS), end=end,
     )  # fmt: skip
-    return found, slowdown
 
 
 def rescaled(found: Goodput, *, by: float) -> Goodput:
@@ -143,9 +128,8 @@ def table(results: list[Result]) -> str:
         f"{r.kind}: {r.num_faults} faults done, {r.num_missed} without a target; "
         + (f"{r.goodput.num_rounds} true rounds in {r.goodput.seconds:.0f} s, held down {r.goodput.held_seconds:.0f} s"
            if r.goodput is not None else "no two true rounds")
-        + f"; {100 * r.stolen:.0f} % of the machine was taken away by its host, and computing took "
-        + f"{r.slowdown:.2f} times as long as before the run"
-        + (f" (by the rate of before: {100 * r.share_by_rate_before:.1f} %)" if r.share_by_rate_before else "")
+        + f"; alone {r.solo_rates[0]:.0f} samples/s before and {r.solo_rates[1]:.0f} after"
+        + f"; {100 * r.stolen:.0f} % of the machine was taken away by its host"
         + (f"; {100 * r.busy_elsewhere:.0f} % of all cores' time went into something else than computing gradients; "
            f"no process was seen without its owner for longer than {r.longest_orphan_seconds:.0f} s"
            if r.kind == "ours" else "")
@@ -181,24 +165,24 @@ def main() -> int:
         prepared = prepare(
             folder.resolve(), epoch_seconds=epoch_seconds, solo_seconds=solo_seconds, duty_cycle=args.duty_cycle
         )
-        say(f"target_batch_size={prepared.target_batch_size}")
+        say(
+            f"solo: {prepared.swarm_rate:.1f} samples/s of three{prepared.stolen_words}; "
+            f"target_batch_size={prepared.target_batch_size}"
+        )
         results, taken = [], 0.0
-        with prepared.meter() as meter:
-            for kind, run in (("ours", run_ours), ("stock", run_stock)):
-                if (kind == "stock" and not (args.stock or args.only_stock)) or (kind == "ours" and args.only_stock):
-                    continue
-                prepared = prepared.measure(meter, seconds=solo_seconds)
-                say(f"solo: {prepared.swarm_rate:.1f} samples/s of three{prepared.stolen_words}")
-                limit = PATIENCE * duration + START_SECONDS if kind == "ours" else taken or duration
-                started = time.monotonic()
-                found = run(prepared, meter, faults, num_epochs=num_epochs, limit_seconds=limit)
-                taken = time.monotonic() - started
-                after = prepared.measure(meter, seconds=solo_seconds)
-                ratio = after.swarm_rate * after.micro_batch_cost / (prepared.swarm_rate * prepared.micro_batch_cost)
-                say(f"solo afterwards: {after.swarm_rate:.1f} samples/s, {after.swarm_rate / ratio:.1f} by the meter")
-                if found.goodput is not None:  # the mean of before and after
-                    found.goodput = rescaled(found.goodput, by=(1 + ratio) / 2)
-                results.append(found)
+        for kind, run in (("ours", run_ours), ("stock", run_stock)):
+            if (kind == "stock" and not (args.stock or args.only_stock)) or (kind == "ours" and args.only_stock):
+                continue
+            limit = PATIENCE * duration + START_SECONDS if kind == "ours" else taken or duration
+            started = time.monotonic()
+            found = run(prepared, faults, num_epochs=num_epochs, limit_seconds=limit)
+            taken = time.monotonic() - started
+            after = prepared.measure_again(seconds=solo_seconds)
+            found.solo_rates = (prepared.swarm_rate, after.swarm_rate)
+            say(f"solo afterwards: {after.swarm_rate:.1f} samples/s{after.stolen_words}")
+            if found.goodput is not None and after.solo_rate > prepared.solo_rate:
+                found.goodput = rescaled(found.goodput, by=after.solo_rate / prepared.solo_rate)
+            results.append(found)
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
     print(table(results), flush=True)

@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,52 +56,40 @@ def solo_rates(
             process.communicate()
 
 
-@contextmanager
-def computing(bundle: Path, *, micro_batch_size: int, seed: int) -> Iterator[Callable[[], int]]:
-    """A function that computes the gradient of one micro-batch, as a trainer does, and tells of how many samples."""
+def main(bundle: Path, *, micro_batch_size: int, duty_cycle: float, seed: int) -> None:
     import torch
 
     from calm_ray.bundle import open_bundle
     from calm_ray.peers.learner import make_learner
     from calm_ray.training.compute import choose_compute, describe_device
     from calm_ray.training.loop import GradientSource
+    from calm_ray.training.pace import Pace, busy_clock
     from calm_ray.training.prepare import load_bundle_tokenizer
     from calm_ray.training.stream import TrainingBatches
 
     torch.set_num_threads(1)
     _, run = open_bundle(bundle)
     peer = PeerTable(device="cpu", num_threads=1, micro_batch_size=micro_batch_size)
-    settings = choose_compute(describe_device("cpu"), peer=peer, sequence_length=run.data.sequence_length)
+    compute = choose_compute(describe_device("cpu"), peer=peer, sequence_length=run.data.sequence_length)
     model = make_learner(run, bundle, device="cpu").model
     tokenizer, special_ids = load_bundle_tokenizer(bundle)
     os.nice(COMPUTE_NICENESS)
     with TrainingBatches(
         run, bundle_dir=bundle, data_root=Path(), tokenizer=tokenizer, special_ids=special_ids,
-        batch_size=settings.micro_batch_size, seed=seed,
+        batch_size=compute.micro_batch_size, seed=seed,
     ) as batches:  # fmt: skip
-        source = GradientSource(model, batches=batches, compute=settings)
-
-        def compute() -> int:
-            for parameter in model.parameters():
-                parameter.grad = None
-            return source.step(epoch=0).num_samples
-
-        compute()
-        yield compute
-
-
-def main(bundle: Path, *, micro_batch_size: int, duty_cycle: float, seed: int) -> None:
-    from calm_ray.training.pace import Pace, busy_clock
-
-    with computing(bundle, micro_batch_size=micro_batch_size, seed=seed) as compute:
+        source = GradientSource(model, batches=batches, compute=compute)
+        source.step(epoch=0)
         pace, busy_seconds = Pace(duty_cycle), busy_clock("cpu")
         print("ready", flush=True)
         seconds = float(sys.stdin.readline())
         started, number = time.monotonic(), 0
         while (began := time.monotonic()) < started + seconds:
             busy = busy_seconds()
-            number += compute()
+            number += source.step(epoch=0).num_samples
             pace.note(busy_seconds() - busy)
+            for parameter in model.parameters():
+                parameter.grad = None
             time.sleep(pace.rest_after(time.monotonic() - began))
         print(json.dumps(number / (time.monotonic() - started)), flush=True)
         sys.stdin.readline()  # until everybody has done: the others are to be measured with us beside them

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from benchmarks.chaos_solo import solo_rates
 from benchmarks.fault_bare_rig import BareRig
 from benchmarks.fault_kinds import TRAINERS
 from benchmarks.fault_rig import RUN_ID, OurRig
-from benchmarks.meter import Meter
 from benchmarks.stolen import Stolen
 from launchers.output import BUNDLE
 from tests.shards import ROOT
@@ -88,8 +86,6 @@ class Prepared:
     """Samples per second of one trainer, mean of three that compute at once."""
     stolen: float = 0.0
     """Of the machine, by its host, during the last measurement."""
-    micro_batch_cost: float = 0.0
-    """Processor seconds, by the meter, meanwhile."""
 
     @property
     def swarm_rate(self) -> float:
@@ -99,23 +95,14 @@ class Prepared:
     def bundle(self) -> Path:
         return self.folder / "solo" / BUNDLE
 
-    def measure(self, meter: Meter, *, seconds: float) -> "Prepared":
-        """With the solo rate as it is now, and what the meter says of it."""
+    def measure_again(self, *, seconds: float) -> "Prepared":
+        """With the solo rate as it is now: rented cores change their speed."""
         rate, stolen = _solo(self.bundle, seconds=seconds, duty_cycle=self.duty_cycle)
-        until = time.monotonic()
-        cost = meter.cost(since=until - seconds, until=until)
-        return replace(self, solo_rate=rate, stolen=stolen, micro_batch_cost=cost)
-
-    def slowdown(self, meter: Meter, *, since: float, until: float) -> float:
-        """How many times as long as alone a micro-batch computed between two monotonic times."""
-        return meter.cost(since=since, until=until) / self.micro_batch_cost
+        return replace(self, solo_rate=rate, stolen=stolen)
 
     @property
     def stolen_words(self) -> str:
         return f" ({100 * self.stolen:.0f} % of the machine was taken away by its host)"
-
-    def meter(self) -> Meter:
-        return Meter(self.bundle, micro_batch_size=MICRO_BATCH_SIZE, log=self.folder / "meter.log")
 
     def ours(self) -> OurRig:
         return OurRig(self.config, folder=self._new_folder("ours"))
