@@ -20,7 +20,7 @@ from calm_ray.errors import ConfigError, SwarmUnreachable
 from calm_ray.report import MAX_REPORT_BYTES
 from calm_ray.swarm.addresses import live_addresses, parse_address, peer_at
 from calm_ray.swarm.codecs import mend_codecs
-from calm_ray.swarm.hygiene import bind_children_to_parent
+from calm_ray.swarm.hygiene import bind_children_to_parent, share_memory_with_children
 from calm_ray.swarm.loop import EventLoopThread
 from calm_ray.swarm.records import load_identity, own_subkey, owner_of, record_validators, reports_key
 from calm_ray.swarm.transport import bound_messages
@@ -92,6 +92,7 @@ class Swarm:
                 **network_options(options.listen),
             )
 
+        share_memory_with_children()
         try:
             try:
                 dht = start(strict=True)
