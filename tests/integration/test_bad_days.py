@@ -239,7 +239,7 @@ from pathlib import Path
 def obey():
     folder = Path(__file__).parent
     while True:
-        time.sleep(0.5)
+        time.sleep(0.5)  # sleep: until a test puts a file there
         if (folder / "grow").exists():
             (folder / "grow").unlink()
             sys.ballast = b"x" * 1_600_000_000

@@ -41,7 +41,7 @@ while True:
         print(ray.get(actor.status.remote(), timeout=5), flush=True)
     except (ValueError, ray.exceptions.RayError) as exc:
         print("no:", repr(exc).replace(chr(10), " "), flush=True)
-    time.sleep(0.25)
+    time.sleep(0.25)  # sleep: between two looks of a program of its own
 """
 
 

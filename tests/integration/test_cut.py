@@ -33,7 +33,7 @@ from pathlib import Path
 def shorten():
     order = Path(__file__).with_name("impatient")
     while not order.exists():
-        time.sleep(0.5)
+        time.sleep(0.5)  # sleep: until the test puts a file there
     sys.modules["calm_ray.swarm.averaging"].SOLO_SECONDS = {IMPATIENT_SECONDS}
 
 if "calm_ray.peers.child" in sys.orig_argv:
